@@ -1,0 +1,43 @@
+"""Meta-active learning in JAX: learn from many tasks how to adapt to a new one, and which of its examples to label."""
+
+from metaal_jax import acquisition, learners, losses, metrics, models, parallel, tasks
+from metaal_jax.base import (
+    ActiveLearner,
+    Batch,
+    Decision,
+    Learner,
+    Policy,
+    PoolView,
+    Prediction,
+    Problem,
+    Task,
+    check_learner,
+    check_policy,
+)
+from metaal_jax.loop import active_learner
+from metaal_jax.outer import outer_loop
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActiveLearner",
+    "Batch",
+    "Decision",
+    "Learner",
+    "Policy",
+    "PoolView",
+    "Prediction",
+    "Problem",
+    "Task",
+    "acquisition",
+    "active_learner",
+    "check_learner",
+    "check_policy",
+    "learners",
+    "losses",
+    "metrics",
+    "models",
+    "outer_loop",
+    "parallel",
+    "tasks",
+]

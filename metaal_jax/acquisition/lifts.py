@@ -1,0 +1,93 @@
+"""Lifts: from the score of a row to a scorer, from a scorer to a policy."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
+
+Scorer = Callable[[Array, PoolView], Array]
+
+
+def per_row(score: Callable[[Array], Array]) -> Scorer:
+    """Lifts the score of one row, `logits [m, c] -> []`, to a scorer by `vmap` over the pool."""
+
+    def scorer(key: Array, view: PoolView) -> Array:
+        del key
+        return jax.vmap(score, in_axes=1)(view.prediction.logits)
+
+    return scorer
+
+
+def row_noise(key: Array, row: Array) -> Array:
+    """30 random bits for each row number, int32 `[n]`, drawn from `fold_in(key, row)`.
+
+    The draw belongs to the row and not to its position: whole, chunked, sharded, permuted and padded pools agree.
+    """
+    bits = jax.vmap(lambda r: jax.random.bits(jax.random.fold_in(key, r), dtype=jnp.uint32))(row)
+    return (bits >> 2).astype(jnp.int32)
+
+
+def select_top(key: Array, scores: Array, available: Array, row: Array, k: int) -> tuple[Array, Array]:
+    """The `k` best available rows, ties broken by the key and never by position.
+
+    Args:
+      key: consumed by the tie break.
+      scores: `[n]`; infinities count as the largest finite numbers, NaN as the lowest score.
+      available: bool `[n]`.
+      row: int32 `[n]`, row numbers that the tie-breaking noise belongs to.
+      k: how many, static, at most `n`.
+
+    Returns:
+      `(index int32 [k], valid bool [k])`, best first; valid is False where fewer than `k` rows were available.
+
+    Raises:
+      ValueError: for `k` outside `1..n`.
+    """
+    n = scores.shape[0]
+    if not 1 <= k <= n:
+        raise ValueError(f"cannot choose {k} rows of a pool of {n}; ask for 1 to {n}")
+    scores = jnp.nan_to_num(scores, nan=-jnp.inf)
+    scores = jnp.where(available, scores, -jnp.inf)
+    # The k-th best score is a threshold: what lies above is in, noise decides among those on it.
+    threshold = lax.top_k(scores, k)[0][-1]
+    noise = row_noise(key, row)
+    rank = jnp.where(scores > threshold, jnp.int32(2**30), noise)
+    rank = jnp.where((scores >= threshold) & available, rank, -1)
+    _, index = lax.top_k(rank, k)
+    order = jnp.lexsort((-noise[index], -scores[index]))
+    index = index[order]
+    return index.astype(jnp.int32), available[index]
+
+
+def fixed_rule(act: Callable[[PyTree, Array, PoolView], Decision], begin: Callable | None = None) -> Policy:
+    """A policy without parameters from `act(policy_state, key, view)` and `begin(key, view) -> policy_state`."""
+
+    def begin_(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
+        del policy_params
+        return () if begin is None else begin(key, view)
+
+    def act_(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+        del policy_params
+        return act(policy_state, key, view), policy_state
+
+    return Policy(init=lambda key: (), begin=begin_, act=act_)
+
+
+def top_k(scorer: Scorer, *, k: int) -> Policy:
+    """Queries the `k` rows with the highest scores; ties are broken by the key.
+
+    >>> from metaal_jax import acquisition
+    >>> policy = acquisition.top_k(acquisition.margin, k=10)
+    """
+    require(k >= 1, f"top_k: k must be at least 1, got {k}")
+
+    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+        score_key, tie_key = jax.random.split(key)
+        scores = scorer(score_key, view)
+        index, valid = select_top(tie_key, scores, view.available, view.row, k)
+        return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=scores)
+
+    return fixed_rule(act)

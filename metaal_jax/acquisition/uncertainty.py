@@ -1,0 +1,57 @@
+"""Rules that look at one predictive distribution a row: the members' consensus where there are several."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from metaal_jax.acquisition.lifts import per_row, row_noise
+from metaal_jax.base import PoolView
+from metaal_jax.losses import consensus
+
+
+def random(key: Array, view: PoolView) -> Array:
+    """Uniform noise in [0, 1), `[n]`: the baseline of all rules, without a look at the model."""
+    return row_noise(key, view.row).astype(jnp.float32) / 2.0**30
+
+
+def entropy_of(log_probs: Array) -> Array:
+    """Entropy in nats of log-probabilities along the last axis; classes of probability 0 count 0."""
+    probs = jnp.exp(log_probs)
+    return -jnp.where(probs > 0, probs * log_probs, 0.0).sum(-1)
+
+
+def _least_confident(logits: Array) -> Array:
+    return -consensus(logits).max()
+
+
+def _margin(logits: Array) -> Array:
+    best = lax.top_k(consensus(logits), 2)[0]
+    return jnp.exp(best[1]) - jnp.exp(best[0])
+
+
+def _entropy(logits: Array) -> Array:
+    return entropy_of(consensus(logits))
+
+
+def least_confident(key: Array, view: PoolView) -> Array:
+    """Minus the log-probability of the most probable class, `[n]`, in nats.
+
+    It orders the rows as 1 - max p does and does not saturate where the model is sure.
+    Reference: Lewis, Gale: A Sequential Algorithm for Training Text Classifiers, 1994.
+    """
+    return per_row(_least_confident)(key, view)
+
+
+def margin(key: Array, view: PoolView) -> Array:
+    """Minus the difference of the two largest probabilities, `[n]` in [-1, 0].
+
+    Reference: Scheffer, Decomain, Wrobel: Active Hidden Markov Models for Information Extraction, 2001.
+    """
+    return per_row(_margin)(key, view)
+
+
+def entropy(key: Array, view: PoolView) -> Array:
+    """Entropy of the predictive distribution, `[n]` in nats.
+
+    Reference: Settles: Active Learning Literature Survey, 2009, section 3.1.
+    """
+    return per_row(_entropy)(key, view)

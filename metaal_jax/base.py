@@ -1,0 +1,326 @@
+"""The records that every algorithm of the package is made of, and the checks of their contracts.
+
+An algorithm is a factory that takes keyword-only hyperparameters and returns one of the records `Learner`, `Policy`
+or `ActiveLearner`: tuples of pure functions. The other records are data that travel between those functions. All of
+them are pytrees, so whole problems, states and traces can be vmapped, scanned, sharded and saved.
+
+Letters in shapes: `n` pool rows, `c` classes, `d` features, `m` committee members, `k` rows asked for in one round.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+PyTree = Any
+Metrics = dict[str, Array]
+
+
+class Batch(NamedTuple):
+    """Labelled examples.
+
+    Attributes:
+      x: leaves `[n, ...]`; images may stay uint8 until the model reads them.
+      y: int32 `[n]` classes, or `[n, ...]` targets for regression.
+      weight: float32 `[n]`, 0 marks padding, which changes no result.
+    """
+
+    x: PyTree
+    y: Array
+    weight: Array
+
+
+class Task(NamedTuple):
+    """One few-shot task (episode): adapt on `support`, judge on `query`."""
+
+    support: Batch
+    query: Batch
+
+
+class Problem(NamedTuple):
+    """One pool-based active-learning problem.
+
+    Attributes:
+      x: the pool, leaves `[n, ...]`.
+      y: int32 `[n]`, the hidden labels. Only the simulated oracle inside `ActiveLearner.step` reads them; where a
+        person answers, `None`.
+      weight: float32 `[n]`, 0 marks padding rows, which are never asked for.
+      cost: float32 `[n]`, the price of each row's label.
+      test: the rows on which a run is reported.
+      validation: rows for choices made during a run, disjoint from `test`; may be all padding.
+      initial: int32 `[i]`, pool rows labelled before the first round, -1 for none. Shape `[0]` is a cold start.
+    """
+
+    x: PyTree
+    y: Array | None
+    weight: Array
+    cost: Array
+    test: Batch
+    validation: Batch
+    initial: Array
+
+
+class Prediction(NamedTuple):
+    """What a learner says of `n` rows.
+
+    Attributes:
+      logits: float32 `[m, n, c]`; one slice a committee member, `m = 1` for a single model.
+      embedding: float32 `[m, n, d]` or `[1, n, d]`, the input of the last layer.
+    """
+
+    logits: Array
+    embedding: Array
+
+
+class InitFn(Protocol):
+    """`(key, x) -> meta`: fresh meta-parameters for inputs like `x` (leaves `[n, ...]`, only shapes matter)."""
+
+    def __call__(self, key: Array, x: PyTree, /) -> PyTree: ...  # noqa: D102
+
+
+class AdaptFn(Protocol):
+    """`(key, meta, batch) -> params`: the inner loop.
+
+    A batch whose weights are all 0 (no label yet) gives the meta-parameters' own predictor. `unlabelled` (rows like
+    `batch.x`) and `start` (earlier params to go on from) are offers that a learner may ignore.
+    """
+
+    def __call__(  # noqa: D102
+        self, key: Array, meta: PyTree, batch: Batch, /, *, unlabelled: PyTree = None, start: PyTree = None
+    ) -> PyTree: ...
+
+
+class PredictFn(Protocol):
+    """`(params, x) -> Prediction` for rows `x`, leaves `[n, ...]`."""
+
+    def __call__(self, params: PyTree, x: PyTree, /) -> Prediction: ...  # noqa: D102
+
+
+class MetaGradFn(Protocol):
+    """`(key, meta, task, *, step) -> (grads, metrics)`: the outer loop's descent direction for one task.
+
+    `grads` has the structure of `meta`; `step` is the outer step's number (int32 `[]`), for annealed losses;
+    `metrics` maps names to float32 `[]` and holds at least `loss` and `accuracy` on the query rows.
+    """
+
+    def __call__(self, key: Array, meta: PyTree, task: Task, /, *, step: Array) -> tuple[PyTree, Metrics]: ...  # noqa: D102
+
+
+class Learner(NamedTuple):
+    """A base learner, possibly meta-trained. See the protocols for the four functions."""
+
+    init: InitFn
+    adapt: AdaptFn
+    predict: PredictFn
+    meta_grad: MetaGradFn
+
+
+class PoolView(NamedTuple):
+    """All that a query rule may look at. A field that a rule does not read costs nothing once compiled.
+
+    Attributes:
+      x: the pool, leaves `[n, ...]`.
+      row: int32 `[n]`, global row numbers. Random numbers belong to rows: see `metaal_jax.acquisition.row_noise`.
+      weight: float32 `[n]`, 0 for padding.
+      queried: bool `[n]`, rows that have been asked for, answered or not.
+      cost: float32 `[n]`.
+      prediction: the current model's prediction for the pool.
+      labelled: `[capacity]` rows in the order of labelling, weight 0 beyond the count.
+      labelled_index: int32 `[capacity]`, their pool rows, -1 beyond the count.
+      meta, params: meta-parameters and adapted parameters, for rules that refit or need gradients.
+      budget, spent: float32 `[]`, in units of `cost`.
+    """
+
+    x: PyTree
+    row: Array
+    weight: Array
+    queried: Array
+    cost: Array
+    prediction: Prediction
+    labelled: Batch
+    labelled_index: Array
+    meta: PyTree
+    params: PyTree
+    budget: Array
+    spent: Array
+
+    @property
+    def available(self) -> Array:
+        """Bool `[n]`: rows that may still be asked for."""
+        return (self.weight > 0) & ~self.queried
+
+
+class Decision(NamedTuple):
+    """The rows to ask for.
+
+    Attributes:
+      index: int32 `[k]`, distinct positions in the pool.
+      valid: bool `[k]`, False where nothing was left to ask; such an entry of `index` means nothing.
+      log_prob: float32 `[]`, 0 for deterministic rules.
+      scores: float32 `[n]`, what the rule thought of each row, higher = sooner.
+    """
+
+    index: Array
+    valid: Array
+    log_prob: Array
+    scores: Array
+
+
+class Policy(NamedTuple):
+    """Decides which rows to query.
+
+    Attributes:
+      init: `(key) -> policy_params`, `()` for fixed rules.
+      begin: `(policy_params, key, view) -> policy_state`, once per run: neighbour graphs, densities, memory.
+      act: `(policy_params, policy_state, key, view) -> (Decision, policy_state)`.
+      evaluate: `(policy_params, policy_state, view, index) -> (log_prob, entropy, value)` for training, or None.
+    """
+
+    init: Any
+    begin: Any
+    act: Any
+    evaluate: Any = None
+
+
+class ActiveLearner(NamedTuple):
+    """The active-learning loop around a learner and a policy; see `metaal_jax.loop.active_learner`.
+
+    Attributes:
+      init: `(key, meta, policy_params, problem) -> state`.
+      ask: `(key, meta, policy_params, state, problem) -> (Decision, state)`.
+      tell: `(key, meta, state, problem, decision, y, weight) -> state`; weight 0 = no answer; never reads problem.y.
+      step: `(key, meta, policy_params, state, problem) -> (state, info)`: ask, simulated oracle, tell, evaluate.
+    """
+
+    init: Any
+    ask: Any
+    tell: Any
+    step: Any
+
+
+def require(condition: object, message: str) -> None:
+    """Raises `ValueError(message)` if a concrete condition is false; lets traced values pass.
+
+    Factories check their arguments with it, so that hyperparameters can be vmapped.
+    """
+    if not isinstance(condition, jax.core.Tracer) and not condition:
+        raise ValueError(message)
+
+
+def rows_of(x: PyTree) -> int:
+    """The number of rows shared by the leaves of `x`; raises `ValueError` where they differ."""
+    sizes = {leaf.shape[0] for leaf in jax.tree.leaves(x)}
+    if len(sizes) != 1:
+        raise ValueError(f"all leaves need the same number of rows, got {sorted(sizes)}")
+    return sizes.pop()
+
+
+def take(x: PyTree, index: Array) -> PyTree:
+    """Rows `index` of every leaf."""
+    return jax.tree.map(lambda leaf: leaf[index], x)
+
+
+def empty_batch(x: PyTree, rows: int) -> Batch:
+    """An all-padding batch of `rows` rows shaped like those of `x`."""
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), x)
+    return Batch(x=zeros, y=jnp.zeros(rows, jnp.int32), weight=jnp.zeros(rows, jnp.float32))
+
+
+def pad_batch(batch: Batch, rows: int) -> Batch:
+    """`batch` followed by padding up to `rows` rows; raises `ValueError` if it is already longer."""
+    extra = rows - rows_of(batch)
+    if extra < 0:
+        raise ValueError(f"cannot pad {rows - extra} rows down to {rows}; ask for at least {rows - extra}")
+    return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, extra)] + [(0, 0)] * (leaf.ndim - 1)), batch)
+
+
+def _assert(condition: object, message: str) -> None:
+    if not bool(condition):
+        raise AssertionError(message)
+
+
+def _close(a: PyTree, b: PyTree, atol: float) -> bool:
+    return all(
+        np.allclose(p, q, atol=atol, rtol=1e-3) for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+def check_learner(learner: Learner, key: Array, batch: Batch, *, atol: float = 1e-3) -> None:
+    """Checks that a learner keeps the contract of `Learner` on an example batch.
+
+    Checked: shapes and dtypes of predictions; finite parameters from no labels at all; padding rows change nothing;
+    adapting is a function of its key; `adapt` and `predict` can be vmapped; `meta_grad` has the structure of `meta`.
+
+    Args:
+      learner: the record to check.
+      key: a typed key.
+      batch: a few labelled rows, all of weight 1, with at least two classes.
+      atol: tolerance for results that should be equal up to rounding.
+
+    Raises:
+      AssertionError: naming the first promise that is broken.
+    """
+    init_key, adapt_key = jax.random.split(key)
+    meta = jax.jit(learner.init)(init_key, batch.x)
+    adapt, predict = jax.jit(learner.adapt), jax.jit(learner.predict)
+    params = adapt(adapt_key, meta, batch)
+    prediction = predict(params, batch.x)
+    n = rows_of(batch)
+    _assert(isinstance(prediction, Prediction), f"predict must return a Prediction, got {type(prediction).__name__}")
+    _assert(
+        prediction.logits.ndim == 3 and prediction.logits.shape[1] == n,
+        f"logits must be [m, {n}, c], got {prediction.logits.shape}",
+    )
+    _assert(prediction.logits.dtype == jnp.float32, f"logits must be float32, got {prediction.logits.dtype}")
+    members = prediction.logits.shape[0]
+    _assert(
+        prediction.embedding.ndim == 3 and prediction.embedding.shape[:2] in {(1, n), (members, n)},
+        f"embedding must be [1 or {members}, {n}, d], got {prediction.embedding.shape}",
+    )
+    again = predict(adapt(adapt_key, meta, batch), batch.x)
+    _assert(bool((again.logits == prediction.logits).all()), "the same key gave different parameters")
+    padded = predict(adapt(adapt_key, meta, pad_batch(batch, n + 3)), batch.x)
+    _assert(_close(padded.logits, prediction.logits, atol), "padding rows (weight 0) changed the adapted parameters")
+    nothing = predict(adapt(adapt_key, meta, empty_batch(batch.x, n)), batch.x)
+    _assert(bool(jnp.isfinite(nothing.logits).all()), "adapting without any label gave NaN or infinite logits")
+    keys = jnp.stack([adapt_key, adapt_key])
+    both = jax.jit(jax.vmap(lambda k: learner.predict(learner.adapt(k, meta, batch), batch.x)))(keys)
+    _assert(_close(both.logits[1], prediction.logits, atol), "vmap over adapt differs from a single call")
+    grads, metrics = jax.jit(learner.meta_grad)(adapt_key, meta, Task(batch, batch), step=jnp.int32(0))
+    _assert(
+        jax.tree.structure(grads) == jax.tree.structure(meta), "meta_grad's gradients must have the structure of meta"
+    )
+    _assert({"loss", "accuracy"} <= set(metrics), f"meta_grad's metrics need loss and accuracy, got {sorted(metrics)}")
+
+
+def check_policy(policy: Policy, key: Array, view: PoolView, *, k: int) -> None:
+    """Checks that a policy keeps the contract of `Policy` on an example view.
+
+    Checked: shapes and dtypes of the decision; distinct rows, none queried before, none of padding; as many valid
+    rows as are left, at most `k`; a function of its key; can be vmapped over keys.
+
+    Raises:
+      AssertionError: naming the first promise that is broken.
+    """
+
+    def decide(key: Array, view: PoolView) -> Decision:
+        init_key, begin_key, act_key = jax.random.split(key, 3)
+        params = policy.init(init_key)
+        return policy.act(params, policy.begin(params, begin_key, view), act_key, view)[0]
+
+    decision = jax.jit(decide)(key, view)
+    n = view.row.shape[0]
+    shapes = tuple(leaf.shape for leaf in decision)
+    _assert(shapes == ((k,), (k,), (), (n,)), f"decision shapes must be {((k,), (k,), (), (n,))}, got {shapes}")
+    _assert(decision.index.dtype == jnp.int32, f"index must be int32, got {decision.index.dtype}")
+    chosen = np.asarray(decision.index)[np.asarray(decision.valid)]
+    _assert(len(set(chosen.tolist())) == len(chosen), f"the rows asked for must be distinct, got {chosen}")
+    _assert(bool(np.asarray(view.available)[chosen].all()), "a padded or already queried row was asked for")
+    left = min(k, int(view.available.sum()))
+    _assert(len(chosen) == left, f"{left} rows can be asked for, the policy asked for {len(chosen)}")
+    again = jax.jit(decide)(key, view)
+    _assert(bool((again.index == decision.index).all()), "the same key gave different rows")
+    both = jax.jit(jax.vmap(decide, in_axes=(0, None)))(jnp.stack([key, key]), view)
+    _assert(bool((both.index[1] == decision.index).all()), "vmap over keys differs from a single call")

@@ -1,0 +1,6 @@
+"""Base learners: how labels become parameters (`adapt`) and how the outer loop learns from it (`meta_grad`)."""
+
+from metaal_jax.learners.committee import committee
+from metaal_jax.learners.gradient import fine_tune, inner_loop, maml
+
+__all__ = ["committee", "fine_tune", "inner_loop", "maml"]

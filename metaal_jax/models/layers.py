@@ -1,0 +1,114 @@
+"""Layers that stay fast inside `lax.scan` and under `vmap` over their weights."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array, lax
+
+
+def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def patches(x: Array, kernel: tuple[int, int], strides: tuple[int, int]) -> Array:
+    """Patches of a batch of images with SAME padding, by strided slices.
+
+    Args:
+      x: `[n, h, w, c]`.
+      kernel: height and width of a patch.
+      strides: steps between patches.
+
+    Returns:
+      `[n, ceil(h / stride), ceil(w / stride), kernel_h * kernel_w * c]`, the last axis in the order of a kernel
+      `[kernel_h, kernel_w, c, features]` reshaped to `[-1, features]`.
+    """
+    _, h, w, _ = x.shape
+    x = jnp.pad(x, [(0, 0), _same_padding(h, kernel[0], strides[0]), _same_padding(w, kernel[1], strides[1]), (0, 0)])
+    rows, columns = -(-h // strides[0]), -(-w // strides[1])
+    shifted = [
+        x[:, i : i + (rows - 1) * strides[0] + 1 : strides[0], j : j + (columns - 1) * strides[1] + 1 : strides[1]]
+        for i in range(kernel[0])
+        for j in range(kernel[1])
+    ]
+    return jnp.concatenate(shifted, axis=-1)
+
+
+class Conv(nn.Module):
+    """2-D convolution with SAME padding: the numbers and the parameters of `flax.linen.Conv`.
+
+    `implementation="patches"` gathers patches by strided slices and multiplies once. XLA's CPU convolution is more
+    than ten times slower inside a `lax.scan`, and under `vmap` over weights it becomes a grouped convolution, while a
+    matrix product stays one. `"lax"` calls `lax.conv_general_dilated`.
+
+    Attributes:
+      features: output channels.
+      kernel_size, strides: height and width.
+      use_bias: adds a bias.
+      implementation: `"patches"` or `"lax"`.
+      dtype: of the computation; None takes that of the input and parameters.
+    """
+
+    features: int
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
+    use_bias: bool = True
+    implementation: Literal["patches", "lax"] = "patches"
+    dtype: Any = None
+    kernel_init: Callable = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[n, h, w, c]` -> `[n, ceil(h / stride), ceil(w / stride), features]`."""
+        kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        if self.implementation == "lax":
+            y = lax.conv_general_dilated(x, kernel, self.strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        elif self.implementation == "patches":
+            y = patches(x, self.kernel_size, self.strides) @ kernel.reshape(-1, self.features)
+        else:
+            raise ValueError(f"implementation must be 'patches' or 'lax', got {self.implementation!r}")
+        return y if bias is None else y + bias
+
+
+def max_pool(x: Array) -> Array:
+    """2 x 2 max pooling with stride 2, `[n, h, w, c]` -> `[n, h // 2, w // 2, c]`; an odd last row is dropped."""
+    h, w = x.shape[1] // 2 * 2, x.shape[2] // 2 * 2
+    corners = [x[:, i:h:2, j:w:2] for i in (0, 1) for j in (0, 1)]
+    return jnp.maximum(jnp.maximum(corners[0], corners[1]), jnp.maximum(corners[2], corners[3]))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation with the statistics of the batch at hand, in training and in prediction.
+
+    This is the few-shot field's convention and it is transductive: the prediction for a row depends on the rows
+    beside it. Rows of weight 0 do not count towards the statistics.
+
+    Reference: Ioffe, Szegedy: Batch Normalization, 2015; Nichol, Achiam, Schulman: On First-Order Meta-Learning
+    Algorithms, 2018 (on transduction).
+    """
+
+    epsilon: float = 1e-5
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, weight: Array | None = None) -> Array:
+        """`[n, ..., c]` normalised over all axes but the last; `weight` float32 `[n]`."""
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
+        axes = tuple(range(x.ndim - 1))
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        weight = jnp.ones(x.shape[0], wide.dtype) if weight is None else weight.astype(wide.dtype)
+        weight = weight.reshape((-1,) + (1,) * (x.ndim - 1))
+        positions = 1
+        for size in x.shape[1:-1]:
+            positions *= size
+        total = weight.sum() * positions
+        total = jnp.where(total > 0, total, 1.0)
+        mean = (weight * wide).sum(axes) / total
+        variance = (weight * (wide - mean) ** 2).sum(axes) / total
+        y = (wide - mean) * lax.rsqrt(variance + self.epsilon) * scale + bias
+        return y.astype(self.dtype or x.dtype)

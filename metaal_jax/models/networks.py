@@ -1,0 +1,101 @@
+"""The networks of the few-shot field."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from metaal_jax.models.layers import BatchNorm, Conv, max_pool
+
+
+def as_float(x: Array) -> Array:
+    """Integer inputs (uint8 images) scaled from 0..255 to 0..1; floating-point inputs unchanged."""
+    return x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(jnp.float32) / 255.0
+
+
+class MLP(nn.Module):
+    """Multi-layer perceptron on flattened rows; with no hidden layer, a linear classifier.
+
+    Attributes:
+      classes: number of logits.
+      hidden: widths of the hidden layers; the last one is the embedding (the input itself where there is none).
+      zero_head: starts the last layer at 0, so that an unlabelled problem has uniform predictions.
+      dtype: of the computation (for example `jnp.bfloat16`); logits and embedding are float32 or wider.
+    """
+
+    classes: int
+    hidden: Sequence[int] = (64, 64)
+    zero_head: bool = False
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
+        """`[n, ...]` -> logits `[n, classes]`, embedding `[n, d]`."""
+        x = as_float(x).reshape(x.shape[0], -1)
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
+        return _head(x, self.classes, self.zero_head)
+
+
+class Conv4(nn.Module):
+    """The few-shot field's convolutional network: blocks of 3 x 3 convolution, norm, ReLU, each halving the image.
+
+    Attributes:
+      classes: number of logits.
+      filters: channels of each block; the papers use 32 or 64.
+      blocks: number of blocks, 4 in the papers.
+      downsample: `"stride"` (strided convolutions, as for Omniglot) or `"pool"` (2 x 2 max pooling).
+      norm: `"group"` (batch-independent), `"batch"` (statistics of the batch at hand: transductive) or `"none"`.
+      groups: of the group norm.
+      zero_head: starts the last layer at 0.
+      implementation: of the convolutions, see `Conv`.
+      dtype: of the computation (for example `jnp.bfloat16`); logits and embedding are float32 or wider.
+
+    Reference: Vinyals et al.: Matching Networks for One Shot Learning, 2016; Finn, Abbeel, Levine: Model-Agnostic
+    Meta-Learning, 2017.
+    """
+
+    classes: int
+    filters: int = 32
+    blocks: int = 4
+    downsample: Literal["stride", "pool"] = "stride"
+    norm: Literal["group", "batch", "none"] = "group"
+    groups: int = 8
+    zero_head: bool = False
+    implementation: Literal["patches", "lax"] = "patches"
+    dtype: Any = None
+
+    def __post_init__(self):
+        for name, value, allowed in (
+            ("downsample", self.downsample, ("stride", "pool")),
+            ("norm", self.norm, ("group", "batch", "none")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"Conv4: {name} must be one of {allowed}, got {value!r}")
+        if self.norm == "group" and self.filters % self.groups:
+            raise ValueError(f"Conv4: {self.filters} filters do not divide into {self.groups} groups")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
+        """`[n, h, w, channels]` -> logits `[n, classes]`, embedding `[n, d]`."""
+        x = as_float(x)
+        strides = (2, 2) if self.downsample == "stride" else (1, 1)
+        for _ in range(self.blocks):
+            x = Conv(self.filters, strides=strides, implementation=self.implementation, dtype=self.dtype)(x)
+            if self.norm == "group":
+                x = nn.GroupNorm(num_groups=self.groups, dtype=self.dtype)(x)
+            elif self.norm == "batch":
+                x = BatchNorm(dtype=self.dtype)(x, weight)
+            x = nn.relu(x)
+            if self.downsample == "pool":
+                x = max_pool(x)
+        return _head(x.reshape(x.shape[0], -1), self.classes, self.zero_head)
+
+
+def _head(x: Array, classes: int, zero: bool) -> tuple[Array, Array]:
+    embedding = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    init = nn.initializers.zeros_init() if zero else nn.initializers.lecun_normal()
+    return nn.Dense(classes, kernel_init=init, name="head")(embedding), embedding
