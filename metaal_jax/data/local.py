@@ -1,0 +1,108 @@
+"""Sources that need no data set library: scikit-learn's embedded digits, and `.npz` files."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from metaal_jax.data.arrays import Arrays, DataError, check_arrays, check_labels
+
+SPLITS = ("train", "test")
+
+
+def check_split(name: str, split: str) -> None:
+    """Raises a DataError unless `split` is `train` or `test`."""
+    if split not in SPLITS:
+        raise DataError(
+            f"{name} has no split {split!r}, allowed are {' and '.join(map(repr, SPLITS))}; give one of them and "
+            "slice the arrays for less"
+        )
+
+
+def split_rows(rows: int, split: str) -> np.ndarray:
+    """The row numbers of a split of data that come as one piece: a fixed permutation, the last fifth for `test`.
+
+    Args:
+      rows: how many rows there are in all.
+      split: `train` or `test`.
+
+    Returns:
+      int64 [rows - rows // 5] or [rows // 5].
+    """
+    # RandomState because its stream is frozen: the split must be the same under every NumPy.
+    order = np.random.RandomState(0).permutation(rows)
+    return order[: rows - rows // 5] if split == "train" else order[rows - rows // 5 :]
+
+
+def read_digits(split: str) -> Arrays:
+    """Reads the digits that come with scikit-learn: 1797 grey images of 8x8, 10 classes, no network and no files.
+
+    The values 0 to 16 are scaled to 0 to 255 and rounded. The splits are those of `split_rows`: 1438 and 359 rows.
+
+    Args:
+      split: `train` or `test`.
+
+    Returns:
+      x uint8 [n, 8, 8, 1], y int32 [n].
+
+    Raises:
+      DataError: another split.
+    """
+    check_split("'digits'", split)
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    keep = split_rows(len(digits.target), split)
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    return check_arrays(pixels[keep], digits.target[keep], classes=10, name="'digits'")
+
+
+def read_npz(path: str | os.PathLike[str], split: str) -> Arrays:
+    """Reads a `.npz` file that holds `x` and `y`, and for its own test split `x_test` and `y_test`.
+
+    Without `x_test` and `y_test` the rows are divided by `split_rows`, the same way on every call. The number of
+    classes is the largest label of both splits plus one.
+
+    Args:
+      path: the file, as written by `np.savez(path, x=x, y=y)`.
+      split: `train` or `test`.
+
+    Returns:
+      The arrays in a form of `Arrays`.
+
+    Raises:
+      DataError: no such file, not a `.npz`, arrays missing, another split, or what `check_arrays` refuses.
+    """
+    name = repr(os.fspath(path))
+    check_split(name, split)
+    if not Path(path).is_file():
+        raise DataError(
+            f"{name}: no such file (looked in {str(Path(path).absolute().parent)!r}), allowed is an existing "
+            ".npz; check the path, or write it with np.savez(path, x=x, y=y)"
+        )
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:  # np.load leaves a damaged file open
+            given = {key: file[key] for key in file.files if key in ("x", "y", "x_test", "y_test")}
+            held = ", ".join(file.files) or "nothing"
+    except Exception as error:  # a damaged archive raises nearly anything
+        raise DataError(
+            f"{name} cannot be read ({type(error).__name__}: {error}), allowed is a .npz of plain arrays; write "
+            "it again with np.savez(path, x=x, y=y)"
+        ) from error
+    if not {"x", "y"} <= given.keys() or ("x_test" in given) != ("y_test" in given):
+        raise DataError(
+            f"{name} holds {held}, allowed are x and y, or x, y, x_test and y_test; write it again with "
+            "np.savez(path, x=x, y=y)"
+        )
+    if "x_test" not in given:
+        whole = check_arrays(given["x"], given["y"], name=name)
+        if len(whole.y) < 5:
+            raise DataError(
+                f"{name} has {len(whole.y)} rows, allowed without a test split is 5 or more (a fifth is set "
+                "apart); give x_test and y_test in the file"
+            )
+        keep = split_rows(len(whole.y), split)
+        return whole._replace(x=whole.x[keep], y=whole.y[keep])
+    classes = 1 + max(int(check_labels(given[key], name=f"{name}, array {key!r}").max()) for key in ("y", "y_test"))
+    suffix = "" if split == "train" else "_test"
+    return check_arrays(given["x" + suffix], given["y" + suffix], classes=classes, name=f"{name}, split {split!r}")
