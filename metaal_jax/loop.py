@@ -41,7 +41,7 @@ class ActiveState(NamedTuple):
 
     labelled: Batch
     labelled_index: Array
-    count: Array
+    count: Array  # type: ignore[assignment]
     queried: Array
     spent: Array
     round: Array
@@ -61,12 +61,12 @@ class Info(NamedTuple):
       test, validation: the adapted model's `Score` on the problem's rows.
     """
 
-    index: Array
+    index: Array  # type: ignore[assignment]
     valid: Array
     y: Array
     weight: Array
     log_prob: Array
-    count: Array
+    count: Array  # type: ignore[assignment]
     spent: Array
     test: Score
     validation: Score
@@ -213,14 +213,14 @@ def active_learner(
         state = record(state, problem, index, jnp.asarray(y, jnp.int32), decision.valid & (jnp.asarray(weight) > 0))
         return state._replace(params=refit(key, meta, state, problem), round=state.round + 1)
 
-    def answer(key: Array, problem: Problem, decision: Decision, classes: int) -> tuple[Array, Array]:
+    def answer(key: Array, truth: Array, decision: Decision, classes: int) -> tuple[Array, Array]:
         """The simulated oracle; its noise belongs to rows, so all strategies meet the same errors."""
 
         def one(row: Array) -> tuple[Array, Array]:
             wrong_key, class_key, silent_key = jax.random.split(jax.random.fold_in(key, row), 3)
             other = jax.random.randint(class_key, (), 1, max(classes, 2))
             mistaken = jax.random.uniform(wrong_key) < wrong
-            y = jnp.where(mistaken, (problem.y[row] + other) % classes, problem.y[row])
+            y = jnp.where(mistaken, (truth[row] + other) % classes, truth[row])
             return y.astype(jnp.int32), (jax.random.uniform(silent_key) >= silent).astype(jnp.float32)
 
         return jax.vmap(one)(decision.index)
@@ -233,7 +233,7 @@ def active_learner(
         ask_key, answer_key, tell_key = jax.random.split(key, 3)
         decision, state = ask(ask_key, meta, policy_params, state, problem)
         classes = jax.eval_shape(learner.predict, state.params, problem.x).logits.shape[-1]
-        y, weight = answer(answer_key, problem, decision, classes)
+        y, weight = answer(answer_key, problem.y, decision, classes)
         weight = weight * decision.valid
         state = tell(tell_key, meta, state, problem, decision, y, weight)
         info = Info(

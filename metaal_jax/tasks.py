@@ -1,7 +1,7 @@
 """Samplers, `(key, data) -> Task | Problem`, that draw from arrays on the device; and what prepares those arrays."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ class ClassData(NamedTuple):
     x: PyTree
     y: Array
     rows: Array
-    count: Array
+    count: Array  # type: ignore[assignment]
 
 
 def class_data(x: PyTree, y: np.ndarray, *, classes: np.ndarray | None = None) -> ClassData:
@@ -55,7 +55,8 @@ def class_data(x: PyTree, y: np.ndarray, *, classes: np.ndarray | None = None) -
         raise ValueError(f"class {wanted[int(np.flatnonzero(count == 0)[0])]} has no row; leave it out of classes")
     rows = np.zeros((len(wanted), count.max()), np.int32)
     rows[np.arange(rows.shape[1]) < count[:, None]] = np.argsort(y, kind="stable")
-    return ClassData(x=x, y=y, rows=rows, count=count)
+    index: Any = (y, rows, count)  # NumPy arrays until the caller puts them on a device
+    return ClassData(x, *index)
 
 
 def split_classes(classes: int, shares: tuple[int, ...], *, seed: int = 0) -> list[np.ndarray]:

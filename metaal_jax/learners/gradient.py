@@ -1,7 +1,7 @@
 """Learners that adapt by gradient steps: MAML and plain fine-tuning."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import flax.linen as nn
 import jax
@@ -59,7 +59,8 @@ def prototype_head(embedding: Array, y: Array, weight: Array, classes: int, *, s
     labelled rows, so that classes without a label are defined. Logit `j` of row `z` is `z.c_j - |c_j|^2 / 2`, which
     equals `-|z - c_j|^2 / 2` up to a term shared by all classes.
 
-    Reference: Snell, Swersky, Zemel: Prototypical Networks, 2017; Triantafillou et al.: Meta-Dataset (Proto-MAML), 2020.
+    Reference: Snell, Swersky, Zemel: Prototypical Networks, 2017; Triantafillou et al.: Meta-Dataset
+    (Proto-MAML), 2020.
     """
     member = jax.nn.one_hot(y, classes, dtype=embedding.dtype) * weight[:, None]
     total = weight.sum()
@@ -120,13 +121,13 @@ def maml(
         origin = meta if start is None else start
         begin = origin
         if head == "prototypes" and start is None:
-            _, embedding = model.apply(meta, batch.x, batch.weight)
+            _, embedding = _apply(model, meta, batch.x, batch.weight)
             last = meta["params"]["head"]
             made = prototype_head(embedding, batch.y, batch.weight, last["bias"].shape[0], shrinkage=shrinkage)
             begin = {**meta, "params": {**meta["params"], "head": made}}
 
         def loss(params: PyTree) -> Array:
-            logits, _ = model.apply(params, batch.x, batch.weight)
+            logits, _ = _apply(model, params, batch.x, batch.weight)
             return cross_entropy(logits, batch.y, batch.weight)
 
         params = inner_loop(
@@ -177,15 +178,19 @@ def fine_tune(
     return base._replace(meta_grad=meta_grad)
 
 
+def _apply(model: nn.Module, params: PyTree, x: PyTree, weight: Array | None = None) -> tuple[Array, Array]:
+    return cast(tuple[Array, Array], model.apply(params, x, weight))
+
+
 def _judge(model: nn.Module, params: PyTree, batch: Batch) -> tuple[Array, Metrics]:
-    logits, _ = model.apply(params, batch.x, batch.weight)
+    logits, _ = _apply(model, params, batch.x, batch.weight)
     loss = cross_entropy(logits, batch.y, batch.weight)
     return loss, {"loss": loss, "accuracy": accuracy(logits, batch.y, batch.weight)}
 
 
 def _predict(model: nn.Module) -> Callable[[PyTree, PyTree], Prediction]:
     def predict(params: PyTree, x: PyTree, /) -> Prediction:
-        logits, embedding = model.apply(params, x)
+        logits, embedding = _apply(model, params, x)
         return Prediction(logits=logits[None], embedding=embedding[None])
 
     return predict
