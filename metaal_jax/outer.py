@@ -121,6 +121,8 @@ def outer_loop(
             # The metrics of meta_grad are those after adaptation; XLA drops the gradient that nobody reads.
             return learner.meta_grad(learn_key, meta, sampler(task_key, data), step=jnp.zeros((), jnp.int32))[1]
 
-        return lax.map(one, jax.random.split(key, tasks), batch_size=chunk or tasks)
+        # As in `step`, single tasks go without vmap.
+        size = tasks if chunk is None else min(chunk, tasks)
+        return lax.map(one, jax.random.split(key, tasks), batch_size=None if size == 1 else size)
 
     return OuterLoop(init=init, step=step, run=run, evaluate=evaluate)

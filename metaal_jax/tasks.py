@@ -93,7 +93,7 @@ def few_shot(*, ways: int, shots: int, queries: int, rotations: bool = False) ->
         class_key, row_key = jax.random.split(key)
         label, turn = _draw_classes(class_key, data, ways, rotations)
         row, real = _draw_rows(row_key, data, label, shots + queries)
-        x = _gather(data, row, turn[:, None])
+        x = _gather(data, row, turn[:, None] if rotations else None)
         y = jnp.broadcast_to(jnp.arange(ways, dtype=jnp.int32)[:, None], row.shape)
 
         def part(columns: slice) -> Batch:
@@ -112,12 +112,14 @@ def growing(
     queries: int,
     smallest: int = 0,
     concentration: float = 2.0,
+    unseen: bool = False,
     rotations: bool = False,
 ) -> Callable[[Array, ClassData], Task]:
     """Tasks as active learning meets them: `smallest` to `labels` support rows, unevenly spread over the classes.
 
     The number of support rows is uniform; each row's class is drawn from proportions that are themselves drawn from a
-    symmetric Dirichlet distribution, so that small sets lack classes as they do in a run.
+    symmetric Dirichlet distribution, so that small sets lack classes as they do in a run. Query rows of a class that
+    the support lacks have weight 0, unless `unseen`: nothing in the task tells of them.
 
     Args:
       ways: classes of a task, their order random.
@@ -125,6 +127,7 @@ def growing(
       queries: query rows of each class.
       smallest: least number of support rows.
       concentration: of the Dirichlet distribution; small is uneven, large is even.
+      unseen: judge on query rows of classes without a support row, too.
       rotations: as in `few_shot`.
 
     Returns:
@@ -149,15 +152,16 @@ def growing(
         place = queries + (jnp.cumsum(jax.nn.one_hot(y, ways, dtype=jnp.int32), 0) - 1)[jnp.arange(labels), y]
         size = jax.random.randint(size_key, (), smallest, labels + 1)
         exists = (place < width) & real[y, jnp.minimum(place, width - 1)] & (jnp.arange(labels) < size)
-        support = Batch(
-            x=_gather(data, row[y, jnp.minimum(place, width - 1)], turn[y]), y=y, weight=exists.astype(jnp.float32)
-        )
+        x = _gather(data, row[y, jnp.minimum(place, width - 1)], turn[y] if rotations else None)
+        support = Batch(x=x, y=y, weight=exists.astype(jnp.float32))
         asked = min(queries, width)
-        x = _gather(data, row[:, :asked], turn[:, None])
+        present = jnp.zeros(ways).at[y].add(support.weight) > 0
+        judged = real[:, :asked] if unseen else real[:, :asked] & present[:, None]
+        x = _gather(data, row[:, :asked], turn[:, None] if rotations else None)
         query = Batch(
             x=jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), x),
             y=jnp.repeat(jnp.arange(ways, dtype=jnp.int32), asked),
-            weight=real[:, :asked].reshape(-1).astype(jnp.float32),
+            weight=judged.reshape(-1).astype(jnp.float32),
         )
         return Task(support=support, query=query)
 
@@ -265,12 +269,15 @@ def problems(
                 raise ValueError(f"problems: {wanted} rows wanted, the {split} split has {have}; ask for fewer")
         if ways is not None and ways > classes:
             raise ValueError(f"problems: {ways} ways wanted, the set has {classes} classes; ask for fewer")
+        if data.test.count.shape[0] != classes:
+            raise ValueError(f"problems: the pool has {classes} classes, the test split {data.test.count.shape[0]}")
         number, frequency = jnp.arange(classes), jnp.ones(classes)
         count = classes if ways is None else ways
         if ways is not None:
             number = jax.random.permutation(class_key, classes)
         if imbalance > 1:
-            frequency = imbalance ** -(jax.random.permutation(order_key, classes) / (classes - 1.0))
+            place = jax.random.permutation(order_key, count)[jnp.minimum(number, count - 1)]
+            frequency = imbalance ** -(place / max(count - 1.0, 1.0))
         log_share = jnp.where(number < count, jnp.log(frequency), -jnp.inf)
 
         def draw(key: Array, source: ClassData, log_share: Array, rows: int) -> Batch:
@@ -331,8 +338,10 @@ def _draw_rows(key: Array, data: ClassData, label: Array, k: int) -> tuple[Array
     return jnp.take_along_axis(data.rows[label], column, axis=1), value >= 0
 
 
-def _gather(data: ClassData, row: Array, turn: Array) -> PyTree:
-    """Rows of the set, each turned by `turn` quarter turns (broadcast against `row`)."""
+def _gather(data: ClassData, row: Array, turn: Array | None) -> PyTree:
+    """Rows of the set, each turned by `turn` quarter turns (broadcast against `row`), or as they are for None."""
+    if turn is None:
+        return take(data.x, row)
 
     def turned(leaf: Array) -> Array:
         x = leaf[row]

@@ -6,7 +6,7 @@ the lifts leave those out.
 
 from metaal_jax.acquisition.disagreement import bald, consensus_entropy, mean_kl, vote_entropy
 from metaal_jax.acquisition.diversity import typical
-from metaal_jax.acquisition.lifts import per_row, row_noise, select_top, top_k
+from metaal_jax.acquisition.lifts import one_of, per_row, row_noise, select_top, top_k
 from metaal_jax.acquisition.pool import predict_pool, score_pool
 from metaal_jax.acquisition.uncertainty import entropy, least_confident, margin, random
 
@@ -17,6 +17,7 @@ __all__ = [
     "least_confident",
     "margin",
     "mean_kl",
+    "one_of",
     "per_row",
     "predict_pool",
     "random",

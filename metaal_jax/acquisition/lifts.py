@@ -1,6 +1,7 @@
 """Lifts: from the score of a row to a scorer, from a scorer to a policy."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -91,3 +92,36 @@ def top_k(scorer: Scorer, *, k: int) -> Policy:
         return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=scores)
 
     return fixed_rule(act)
+
+
+def one_of(policies: Sequence[Policy]) -> Policy:
+    """The rule whose number stands in the policy's parameters, so that one program serves several rules.
+
+    `policy_params` is `(number int32 [], tuple of each rule's parameters)`; `init` sets the number to 0. The number may
+    differ between runs without a new compilation. Only the chosen rule's `act` runs, unless the number is vmapped:
+    then all do. What any of the rules reads is computed for all of them (see the design's rule on selectors).
+
+    Raises:
+      ValueError: without policies.
+    """
+    policies = tuple(policies)
+    require(policies, "one_of: no policies given")
+
+    def init(key: Array) -> PyTree:
+        keys = jax.random.split(key, len(policies))
+        return jnp.int32(0), tuple(policy.init(k) for policy, k in zip(policies, keys, strict=True))
+
+    def begin(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
+        _, params = policy_params
+        return tuple(policy.begin(own, key, view) for policy, own in zip(policies, params, strict=True))
+
+    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+        number, params = policy_params
+
+        def branch(i: int, states: PyTree) -> tuple[Decision, PyTree]:
+            decision, state = policies[i].act(params[i], states[i], key, view)
+            return decision, (*states[:i], state, *states[i + 1 :])
+
+        return lax.switch(number, [functools.partial(branch, i) for i in range(len(policies))], policy_state)
+
+    return Policy(init=init, begin=begin, act=act)

@@ -1,5 +1,6 @@
 """Rules that look at one predictive distribution a row: the members' consensus where there are several."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -20,7 +21,10 @@ def entropy_of(log_probs: Array) -> Array:
 
 
 def _least_confident(logits: Array) -> Array:
-    return -consensus(logits).max()
+    log_probs = consensus(logits)
+    best = jnp.arange(log_probs.shape[-1]) == log_probs.argmax()
+    # -log p = log(1 + (1 - p) / p), exact where p rounds to 1.
+    return jax.nn.softplus(jax.nn.logsumexp(jnp.where(best, -jnp.inf, log_probs)) - log_probs.max())
 
 
 def _margin(logits: Array) -> Array:

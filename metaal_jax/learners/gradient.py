@@ -12,6 +12,8 @@ from jax import Array, lax
 from metaal_jax.base import Batch, Learner, Metrics, Prediction, PyTree, Task, require, take
 from metaal_jax.losses import accuracy, cross_entropy
 
+ABSENT = -1e3  # logit of a class without a prototype
+
 
 def inner_loop(
     loss: Callable[[PyTree], Array],
@@ -52,21 +54,24 @@ def inner_loop(
     return params
 
 
-def prototype_head(embedding: Array, y: Array, weight: Array, classes: int, *, shrinkage: float) -> PyTree:
-    """A linear layer whose logits are minus half the squared distances to the class prototypes.
+def prototype_head(
+    embedding: Array, y: Array, weight: Array, classes: int, *, temperature: float | Array = 1.0
+) -> PyTree:
+    """A linear layer whose logits are minus half the squared distances to the class prototypes, times `temperature`.
 
-    A prototype is the weighted mean of its class's embeddings and `shrinkage` imaginary rows at the mean of all
-    labelled rows, so that classes without a label are defined. Logit `j` of row `z` is `z.c_j - |c_j|^2 / 2`, which
-    equals `-|z - c_j|^2 / 2` up to a term shared by all classes.
+    A prototype is the weighted mean of its class's embeddings. Logit `j` of row `z` is `z.c_j - |c_j|^2 / 2`, which
+    equals `-|z - c_j|^2 / 2` up to a term shared by all classes. A class without a label has no prototype; its logit
+    is `ABSENT`, below all others. Distances grow with the embedding's size, so a large embedding wants a small
+    temperature.
 
     Reference: Snell, Swersky, Zemel: Prototypical Networks, 2017; Triantafillou et al.: Meta-Dataset
     (Proto-MAML), 2020.
     """
     member = jax.nn.one_hot(y, classes, dtype=embedding.dtype) * weight[:, None]
-    total = weight.sum()
-    mean = (weight @ embedding) / jnp.where(total > 0, total, 1.0)
-    centres = (member.T @ embedding + shrinkage * mean) / (member.sum(0) + shrinkage)[:, None]
-    return {"kernel": centres.T, "bias": -0.5 * (centres**2).sum(-1)}
+    count = member.sum(0)
+    centres = (member.T @ embedding) / jnp.where(count > 0, count, 1.0)[:, None]
+    bias = jnp.where(count > 0, -0.5 * temperature * (centres**2).sum(-1), ABSENT)
+    return {"kernel": temperature * centres.T, "bias": bias}
 
 
 def maml(
@@ -76,7 +81,7 @@ def maml(
     steps: int,
     first_order: bool = False,
     head: Literal["meta", "prototypes"] = "meta",
-    shrinkage: float = 0.1,
+    temperature: float | Array = 1.0,
     remat: bool = False,
     unroll: int | bool = 1,
 ) -> Learner:
@@ -92,7 +97,7 @@ def maml(
       first_order: treats the inner gradients as constants (FOMAML).
       head: `"meta"` starts the last layer from the meta-parameters; `"prototypes"` from the class means of the
         labelled rows' embeddings (Proto-MAML), which suits any number of labels per class.
-      shrinkage: imaginary rows at the common mean in each prototype, > 0.
+      temperature: factor on the prototype head's logits, > 0.
       remat: recomputes inner steps in the backward pass.
       unroll: of the scan over inner steps.
 
@@ -100,7 +105,7 @@ def maml(
       A `Learner` whose meta-parameters are the model's variables.
 
     Raises:
-      ValueError: for `steps < 0`, `shrinkage <= 0` or an unknown `head`.
+      ValueError: for `steps < 0`, `temperature <= 0` or an unknown `head`.
 
     Reference: Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, 2017.
 
@@ -112,7 +117,7 @@ def maml(
     (1, 4, 3)
     """
     require(steps >= 0, f"maml: steps must be >= 0, got {steps}")
-    require(shrinkage > 0, f"maml: shrinkage must be > 0, got {shrinkage}")
+    require(temperature > 0, f"maml: temperature must be > 0, got {temperature}")
     if head not in ("meta", "prototypes"):
         raise ValueError(f"maml: head must be 'meta' or 'prototypes', got {head!r}")
 
@@ -123,7 +128,7 @@ def maml(
         if head == "prototypes" and start is None:
             _, embedding = _apply(model, meta, batch.x, batch.weight)
             last = meta["params"]["head"]
-            made = prototype_head(embedding, batch.y, batch.weight, last["bias"].shape[0], shrinkage=shrinkage)
+            made = prototype_head(embedding, batch.y, batch.weight, last["bias"].shape[0], temperature=temperature)
             begin = {**meta, "params": {**meta["params"], "head": made}}
 
         def loss(params: PyTree) -> Array:

@@ -82,6 +82,10 @@ class Conv4(nn.Module):
     def __call__(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
         """`[n, h, w, channels]` -> logits `[n, classes]`, embedding `[n, d]`."""
         x = as_float(x)
+        if self.downsample == "pool" and min(x.shape[1:3]) < 2**self.blocks:
+            raise ValueError(
+                f"Conv4: {self.blocks} blocks of pooling need images of {2**self.blocks} pixels, got {x.shape[1:3]}"
+            )
         strides = (2, 2) if self.downsample == "stride" else (1, 1)
         for _ in range(self.blocks):
             x = Conv(self.filters, strides=strides, implementation=self.implementation, dtype=self.dtype)(x)

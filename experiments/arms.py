@@ -1,0 +1,232 @@
+"""What the main job compares: learners and strategies by name, and one compiled program for each pair."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from metaal_jax import acquisition, learners, models
+from metaal_jax.acquisition import predict_pool
+from metaal_jax.base import Batch, Learner, Policy, Problem, PyTree
+from metaal_jax.loop import active_learner, evaluate, grow
+from metaal_jax.metrics import Score
+
+LEARNERS = {
+    "scratch": "the network trained from a random initialisation on the labels bought so far",
+    "maml": "the same network adapted from its meta-learned initialisation",
+    "frozen": "the meta-learned body kept as it is, a linear layer trained on its standardised embedding",
+    "logistic": "logistic regression on the pixels",
+}
+STRATEGIES = {
+    "random": "rows at random",
+    "entropy": "largest predictive entropy",
+    "margin": "smallest margin between the two most probable classes",
+    "committee": "largest disagreement (BALD) of a committee, which also predicts, as an ensemble",
+    "typical": "typical rows far from the labelled ones",
+}
+
+
+class Arm(NamedTuple):
+    """One learner, single or as a committee, with the strategies that share its program.
+
+    Attributes:
+      single: the base learner; it chooses the first batch, so that a learner's strategies can share it.
+      start: `(key, meta, x) -> meta` of the base learner: for scratch a fresh initialisation.
+      learner: the learner that runs in the loop, `single` or a committee of it.
+      begin: `(key, meta, x) -> meta` of `learner`, given the same arguments as `start`.
+      prepare: `(meta, problem, test) -> (problem, test)`: a frozen body embeds all rows once.
+      strategies: names, in the order of the rules in `policy`.
+      first, policy: what chooses the first batch and the others, both `acquisition.one_of` over the strategies.
+      segments: numbers of labels at which the labelled buffer grows; adapting costs what the buffer holds.
+    """
+
+    single: Learner
+    start: Callable[[Array, PyTree, PyTree], PyTree]
+    learner: Learner
+    begin: Callable[[Array, PyTree, PyTree], PyTree]
+    prepare: Callable[[PyTree, Problem, Batch], tuple[Problem, Batch]]
+    strategies: tuple[str, ...]
+    first: Policy
+    policy: Policy
+    segments: tuple[int, ...]
+
+
+class Curves(NamedTuple):
+    """What one run gives: scores after every batch, `[rounds]`; on all test rows at the end; the labels bought."""
+
+    test: Score
+    final: Score
+    y: Array
+    count: Array
+
+
+def make_model(classes: int, shape: tuple[int, ...], config: Any) -> nn.Module:
+    """The network for rows of this shape: convolutional for images, an MLP for vectors."""
+    if len(shape) == 1:
+        return models.MLP(classes, hidden=(64, 64))
+    blocks = config.blocks or (4 if min(shape[:2]) >= 16 else 2)
+    return models.Conv4(classes, filters=config.filters, blocks=blocks, norm=config.norm)
+
+
+def without_head(model: nn.Module, meta: PyTree, x: PyTree) -> PyTree:
+    """Meta-parameters for `model` with the body of `meta` and a head of zeros, whatever its number of classes was."""
+    fresh = jax.eval_shape(model.init, jax.random.key(0), jax.tree.map(lambda leaf: leaf[:1], x))
+    head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh["params"]["head"])
+    return {**meta, "params": {**meta["params"], "head": head}}
+
+
+def make_arms(
+    learner: str, strategies: tuple[str, ...], *, classes: int, shape: tuple[int, ...], config: Any
+) -> list[Arm]:
+    """The arms of a learner: one for the strategies that ask a single model, one for those that ask a committee."""
+    single, start, prepare, source = _learner(learner, classes, shape, config)
+    k, budget = config.batch_size, config.budget
+    # Only training from scratch takes so many steps that a smaller buffer pays for compiling the round twice.
+    half = -(-budget // 2 // k) * k
+    segments = (half, budget) if learner == "scratch" and budget > 50 and half < budget else (budget,)
+    arms = []
+    for members in (1, config.members):
+        mine = tuple(name for name in strategies if (name == "committee") == (members > 1))
+        if not mine:
+            continue
+        both = members > 1 and source == "both"
+        many = single if members == 1 else learners.committee(single, members=members, source=source)
+        arms.append(
+            Arm(
+                single=single,
+                start=start,
+                learner=many,
+                begin=many_starts(start, members) if both else start,
+                prepare=prepare,
+                strategies=mine,
+                first=acquisition.one_of([_first_rule(name, config) for name in mine]),
+                policy=acquisition.one_of([_rule(name, k) for name in mine]),
+                segments=segments,
+            )
+        )
+    return arms
+
+
+def many_starts(start: Callable, members: int) -> Callable[[Array, PyTree, PyTree], PyTree]:
+    """Every member's own start; the first member's is that of the single model."""
+
+    def begin(key: Array, meta: PyTree, x: PyTree) -> PyTree:
+        keys = [key, *jax.random.split(jax.random.fold_in(key, 1), members - 1)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[start(k, meta, x) for k in keys])
+
+    return begin
+
+
+def _rule(strategy: str, k: int) -> Policy:
+    pointwise = {
+        "random": acquisition.random,
+        "entropy": acquisition.entropy,
+        "margin": acquisition.margin,
+        "committee": acquisition.bald,
+    }
+    return acquisition.typical(k=k) if strategy == "typical" else acquisition.top_k(pointwise[strategy], k=k)
+
+
+def _first_rule(strategy: str, config: Any) -> Policy:
+    if config.initial == "strategy":
+        return _rule("random" if strategy == "random" else "typical", config.batch_size)
+    return _rule(config.initial, config.batch_size)
+
+
+def _learner(learner: str, classes: int, shape: tuple[int, ...], config: Any):
+    """The base learner of this name: `(learner, start, prepare, source of a committee's difference)`."""
+    model = make_model(classes, shape, config)
+
+    def keep(meta: PyTree, problem: Problem, test: Batch) -> tuple[Problem, Batch]:
+        return problem, test
+
+    def fresh(key: Array, meta: PyTree, x: PyTree) -> PyTree:
+        return base.init(key, x)
+
+    def linear(rate: float, decay: float, steps: int) -> Learner:
+        optimizer = optax.adamw(rate, weight_decay=decay)
+        return learners.fine_tune(models.MLP(classes, hidden=(), zero_head=True), optimizer=optimizer, steps=steps)
+
+    if learner == "scratch":
+        optimizer = optax.adamw(config.scratch_rate, weight_decay=config.scratch_decay)
+        base = learners.fine_tune(model, optimizer=optimizer, steps=config.scratch_steps)
+        return base, fresh, keep, "both"
+    if learner == "logistic":
+        base = linear(config.logistic_rate, config.logistic_decay, config.logistic_steps)
+        return base, fresh, keep, "bootstrap"
+    if learner == "maml":
+        base = learners.maml(
+            model, inner=optax.sgd(config.adapt_rate), steps=config.adapt_steps, head="prototypes",
+            temperature=config.temperature,
+        )  # fmt: skip
+        return base, lambda key, meta, x: without_head(model, meta, x), keep, "bootstrap"
+    if learner != "frozen":
+        raise ValueError(f"unknown learner {learner!r}; choose from {list(LEARNERS)}")
+    body = learners.maml(model, inner=optax.identity(), steps=0)
+    base = linear(config.frozen_rate, config.frozen_decay, config.frozen_steps)
+
+    def embedded(meta: PyTree, problem: Problem, test: Batch) -> tuple[Problem, Batch]:
+        meta = without_head(model, meta, problem.x)
+
+        def embed(x: PyTree) -> Array:
+            return predict_pool(body, meta, x, chunk=config.chunk).embedding[0]
+
+        pool = embed(problem.x)
+        mean, scale = pool.mean(0), pool.std() + 1e-6
+
+        def scaled(batch: Batch) -> Batch:
+            return batch._replace(x=(embed(batch.x) - mean) / scale)
+
+        problem = problem._replace(
+            x=(pool - mean) / scale, test=scaled(problem.test), validation=scaled(problem.validation)
+        )
+        return problem, scaled(test)
+
+    return base, fresh, embedded, "bootstrap"
+
+
+def make_run(arm: Arm, sampler: Callable, config: Any) -> Callable[..., Curves]:
+    """`(key, number, meta, data, test) -> Curves`: one whole experiment, from drawing the problem to its curve.
+
+    `number` chooses the strategy among those of the arm. All arms given the same key get the same problem, the same
+    keys and, where `--initial` says so, the same first batch.
+    """
+    k, chunk = config.batch_size, config.chunk
+
+    def run(key: Array, number: Array, meta: PyTree, data: Any, test: Batch) -> Curves:
+        problem_key, start_key, first_key, loop_key = jax.random.split(key, 4)
+        problem, test = arm.prepare(meta, sampler(problem_key, data), test)
+        start = arm.start(start_key, meta, problem.x)
+        rules = (number, ((),) * len(arm.strategies))
+        # Adapted to no label, a learner is its own start: the first batch needs no inner loop.
+        cold = arm.single._replace(adapt=lambda key, meta, batch, **_: meta)
+        opening = active_learner(cold, arm.first, capacity=k, chunk=chunk)
+        decision, _ = opening.ask(first_key, start, rules, opening.init(first_key, start, rules, problem), problem)
+        problem = problem._replace(initial=jnp.where(decision.valid, decision.index, -1))
+        meta = arm.begin(start_key, meta, problem.x)
+        active = active_learner(arm.learner, arm.policy, capacity=arm.segments[0], chunk=chunk)
+        state = active.init(loop_key, meta, rules, problem)
+        scores = [jax.tree.map(lambda leaf: leaf[None], evaluate(arm.learner, state.params, problem.test, chunk=chunk))]
+        done = k
+        for capacity in arm.segments:
+            active = active_learner(arm.learner, arm.policy, capacity=capacity, chunk=chunk)
+
+            def body(state: Any, round: Array, active: Any = active) -> tuple[Any, Score]:
+                state, info = active.step(jax.random.fold_in(loop_key, round), meta, rules, state, problem)
+                return state, info.test
+
+            state, trace = jax.lax.scan(body, grow(state, capacity), jnp.arange(done // k, capacity // k))
+            scores.append(trace)
+            done = capacity
+        return Curves(
+            test=jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *scores),
+            final=evaluate(arm.learner, state.params, test, chunk=chunk),
+            y=state.labelled.y,
+            count=state.count,
+        )
+
+    return run

@@ -1,0 +1,394 @@
+"""The main job: meta-train on a source, then learn actively on a new target, against training from scratch.
+
+Claim: after meta-training on tasks made of CIFAR-10 images, the same network needs a fraction of the labels on MNIST
+that it needs from scratch, whichever query strategy is used.
+
+    python experiments/meta_active.py                                   # digits to digits, other classes
+    python experiments/meta_active.py --source cifar10 --target mnist
+    python experiments/meta_active.py --source omniglot --target mnist
+
+Figures and times: experiments/results/meta_active/ and the table in the README.
+"""
+
+import dataclasses
+import functools
+import itertools
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from arms import LEARNERS, STRATEGIES, Arm, Curves, make_arms, make_model, make_run
+from report import Study, comparisons, picture, result_rows, table, write_results
+from runs import RunFolder, UsageError, command, environment, main, names
+from tqdm import tqdm
+
+from metaal_jax import checkpoint, data, exemplars, learners, tasks
+from metaal_jax.base import Batch
+from metaal_jax.outer import OuterLoop, outer_loop
+
+
+@dataclass(frozen=True)
+class Config:
+    """Meta-trains a learner on tasks of a source, then compares learners and query strategies on a target."""
+
+    source: str = "digits"
+    """Data set for meta-training: digits, a TFDS image-classification set by name, or a .npz file with x and y."""
+    target: str = "digits"
+    """Data set for active learning. If it is the source, its classes are split: first half source, rest target."""
+    learners: str = "scratch,maml,frozen,logistic"
+    """Comma-separated, of: scratch, maml, frozen, logistic."""
+    strategies: str = "random,entropy,margin,committee,typical"
+    """Comma-separated, of: random, entropy, margin, committee, typical."""
+    budget: int = 100
+    """Labels bought in all, the first batch included."""
+    batch_size: int = 10
+    """Labels bought in one round."""
+    initial: Literal["strategy", "random", "typical"] = "strategy"
+    """First batch. strategy: random rows for random, typical rows (by the learner's own embedding) for all rules that
+    need a model; random or typical: the same kind for every strategy."""
+    seeds: int = 16
+    """Runs of every arm; run i draws the same problem in all arms."""
+    seeds_at_once: int = 4
+    """How many of them are vmapped in one call of the compiled program."""
+    pool: int | None = None
+    """Pool rows; by default 5000, or 60 percent of a smaller training split."""
+    test: int = 2000
+    """Test rows judged after every round; at the end all rows of the test split are. Fewer where the set has fewer."""
+    members: int = 4
+    """Committee members."""
+
+    tasks: Literal["auto", "classes", "shapes"] = "auto"
+    """Tasks of the source. classes: its classes, and their rotations as further classes. shapes: level sets of
+    distorted crops of single images, without labels. auto: shapes for natural images (32 pixels, colour), else
+    classes."""
+    shape_classes: int = 16000
+    """Classes drawn for shapes."""
+    ways: int | None = None
+    """Classes of a meta-training task; by default 20, or fewer where the source has fewer."""
+    meta_steps: int | None = None
+    """Outer steps; by default 600 for small images, else 12000."""
+    meta_tasks: int = 1
+    """Tasks of one outer step."""
+    meta_labels: int = 80
+    """Largest support set of a meta-training task; the smallest is a label a class."""
+    meta_queries: int = 6
+    """Query rows of each class."""
+    meta_rate: float = 1e-3
+    """Outer learning rate (Adam), falling to zero along a cosine."""
+    inner_steps: int = 1
+    """Inner steps of MAML in meta-training."""
+    inner_rate: float = 0.01
+    """Inner learning rate (SGD) in meta-training."""
+    first_order: bool = False
+    """First-order MAML."""
+
+    filters: int = 32
+    """Channels of the network's blocks."""
+    blocks: int | None = None
+    """Blocks of the network; by default 4, or 2 below 16 pixels."""
+    norm: Literal["none", "group", "batch"] = "none"
+    """Norm layers of the network."""
+    adapt_steps: int = 1
+    """Inner steps of the meta-learned network on the target."""
+    adapt_rate: float = 0.01
+    """Their learning rate (SGD)."""
+    temperature: float = 1.0
+    """Factor on the prototype head's logits."""
+    scratch_steps: int = 60
+    """Steps from scratch (AdamW, all labels in every step)."""
+    scratch_rate: float = 1e-3
+    """Their learning rate."""
+    scratch_decay: float = 1.0
+    """Their weight decay."""
+    frozen_steps: int = 50
+    """Steps of the linear layer on the frozen embedding (AdamW)."""
+    frozen_rate: float = 1e-2
+    """Their learning rate."""
+    frozen_decay: float = 0.1
+    """Their weight decay."""
+    logistic_steps: int = 100
+    """Steps of logistic regression on pixels (AdamW)."""
+    logistic_rate: float = 1e-2
+    """Their learning rate."""
+    logistic_decay: float = 0.1
+    """Their weight decay."""
+    chunk: int = 1000
+    """Rows predicted at a time."""
+
+    seed: int = 0
+    """Decides everything that is drawn."""
+    data_dir: str | None = None
+    """Where TFDS sets are prepared; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    out: str | None = None
+    """Run folder; by default runs/SOURCE-TARGET."""
+    resume: bool = False
+    """Go on with the run in the folder."""
+    save_results: str | None = None
+    """Also write the results to this JSON file."""
+
+
+FREE = frozenset({"out", "resume", "data_dir", "save_results"})
+
+
+class Setting:
+    """The data of a run, checked and on the device, and the sizes that follow from them."""
+
+    def __init__(self, config: Config):
+        """Loads everything; raises `DataError` or `UsageError` before anything is computed."""
+        target = functools.partial(data.load, config.target, data_dir=config.data_dir)
+        self.shape = target("test", image_shape=_image_shape(config.target)).x.shape[1:]
+        image_shape = self.shape if len(self.shape) == 3 else None
+        target_train, target_test = (target(split, image_shape=image_shape) for split in ("train", "test"))
+        source_train, source_test = (_source(config, split, image_shape) for split in ("train", "test"))
+        if source_train.x.shape[1:] != self.shape:
+            raise UsageError(
+                f"source {config.source!r} has rows of shape {source_train.x.shape[1:]}, target {config.target!r} of "
+                f"{self.shape}; give sets of one kind"
+            )
+        labels = np.unique(target_train.y)
+        if config.source == config.target:
+            if len(labels) < 4:
+                raise UsageError(f"{config.target!r} has {len(labels)} classes, too few to split between source and "
+                                 "target; give another --source")  # fmt: skip
+            of_source, of_target = np.split(labels, [len(labels) // 2])
+            source_train, source_test = (_only(part, of_source) for part in (source_train, source_test))
+            target_train, target_test = (_only(part, of_target) for part in (target_train, target_test))
+            labels = of_target
+        self.classes = len(labels)
+        self.pool = config.pool if config.pool is not None else min(5000, int(0.6 * len(target_train.y)))
+        self.test = min(config.test, len(target_test.y))
+        if not 1 <= self.pool <= len(target_train.y):
+            raise UsageError(f"a pool of {self.pool} rows wanted, {config.target!r} has {len(target_train.y)} training "
+                             f"rows; give --pool 1 to {len(target_train.y)}")  # fmt: skip
+        if config.budget > self.pool:
+            raise UsageError(f"a budget of {config.budget} labels is larger than the pool of {self.pool} rows; "
+                             f"give --budget {self.pool} or less")  # fmt: skip
+        put = jax.device_put
+        self.problem_data = put(
+            tasks.ProblemData(
+                *(tasks.class_data(part.x, part.y, classes=labels) for part in (target_train, target_test))
+            )
+        )
+        test = self.problem_data.test
+        self.full_test = Batch(x=test.x, y=test.y, weight=jnp.ones(test.y.shape[0]))
+        self.train_source, self.validation_source = source_train, source_test
+        self.by_shapes = config.tasks == "shapes" or (config.tasks == "auto" and self.looks_natural(config))
+
+    def looks_natural(self, config: Config) -> bool:
+        """Whether the source is stored as colour images of at least 32 pixels (Omniglot's are drawings)."""
+        if config.source in ("digits", "omniglot") or len(self.shape) == 1 or config.source == config.target:
+            return False
+        stored = data.load(config.source, "test", data_dir=config.data_dir).x.shape[1:]
+        return len(stored) == 3 and stored[2] == 3 and min(stored[:2]) >= 32
+
+
+def _image_shape(name: str) -> tuple[int, int, int] | None:
+    return (28, 28, 1) if name.startswith("omniglot") else None
+
+
+def _source(config: Config, split: str, image_shape: tuple[int, int, int] | None) -> data.Arrays:
+    return data.load(config.source, split, image_shape=image_shape, data_dir=config.data_dir)
+
+
+def _only(arrays: data.Arrays, classes: np.ndarray) -> data.Arrays:
+    keep = np.isin(arrays.y, classes)
+    return arrays._replace(x=arrays.x[keep], y=arrays.y[keep])
+
+
+def check(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Checks what can be checked without data; returns the names of learners and strategies."""
+    for name in ("budget", "batch_size", "seeds", "seeds_at_once", "test", "meta_tasks", "meta_labels", "chunk"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    if config.budget % config.batch_size:
+        raise UsageError(f"--budget {config.budget} must be a multiple of --batch-size {config.batch_size}")
+    if config.seeds % config.seeds_at_once:
+        raise UsageError(f"--seeds {config.seeds} must be a multiple of --seeds-at-once {config.seeds_at_once}")
+    if config.members < 2:
+        raise UsageError(f"--members {config.members} must be at least 2")
+    return names(config.learners, LEARNERS, "learner"), names(config.strategies, STRATEGIES, "strategy")
+
+
+def draw_shapes(key: jax.Array, images: np.ndarray, classes: int, label: str) -> tasks.ClassData:
+    """`classes` shape classes of 20 examples, each drawn from a random image; those that show nothing are left out."""
+    at_once = min(500, classes)
+    draw = jax.jit(jax.vmap(exemplars.shape_exemplars(examples=20, size=images.shape[1])))
+    drawn = []
+    for part in tqdm(range(0, classes, at_once), desc=label):
+        pick_key, draw_key = jax.random.split(jax.random.fold_in(key, part))
+        row = jax.random.randint(pick_key, (at_once,), 0, len(images))
+        x, ink = draw(jax.random.split(draw_key, at_once), images[np.asarray(row)])
+        drawn.append(np.asarray(x)[np.asarray((ink > 0.05) & (ink < 0.5))])
+    x = np.concatenate(drawn)
+    y = np.repeat(np.arange(len(x)), x.shape[1])
+    return jax.device_put(tasks.class_data(x.reshape(-1, *x.shape[2:]), y))
+
+
+def make_outer(config: Config, setting: Setting, classes: int, steps: int) -> OuterLoop:
+    """The outer loop on tasks of `classes` source classes."""
+    rotations = not setting.by_shapes and len(setting.shape) == 3
+    available = classes * (4 if rotations else 1)
+    ways = config.ways or min(20, available)
+    if ways > available:
+        raise UsageError(f"--ways {ways} wanted, {config.source!r} has {available} classes"
+                         f"{' with rotations' if rotations else ''}; give --ways {available} or less")  # fmt: skip
+    learner = learners.maml(
+        make_model(ways, setting.shape, config), inner=optax.sgd(config.inner_rate), steps=config.inner_steps,
+        first_order=config.first_order, head="prototypes", temperature=config.temperature, unroll=True,
+    )  # fmt: skip
+    sampler = tasks.growing(
+        ways=ways, labels=max(config.meta_labels, ways), smallest=ways, queries=config.meta_queries, rotations=rotations
+    )
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.meta_rate, steps))
+    return outer_loop(learner, sampler, optimizer=optimizer, tasks=config.meta_tasks, chunk=1)
+
+
+def meta_train(config: Config, setting: Setting, folder: RunFolder, key: jax.Array):
+    """Meta-parameters, trained in pieces that are checkpointed one by one."""
+    data_key, init_key, run_key, validation_key = jax.random.split(key, 4)
+    steps = config.meta_steps if config.meta_steps is not None else (600 if min(setting.shape[:2]) < 16 else 12000)
+    pieces = max(1, min(20, steps // 50))
+    each = -(-steps // pieces)
+    if setting.by_shapes:
+        keys = jax.random.split(data_key)
+        train = draw_shapes(keys[0], setting.train_source.x, config.shape_classes, "drawing shapes")
+        held_out = draw_shapes(keys[1], setting.validation_source.x, 500, "drawing shapes for validation")
+    else:
+        train, held_out = (
+            jax.device_put(tasks.class_data(part.x, part.y))
+            for part in (setting.train_source, setting.validation_source)
+        )
+    outer = make_outer(config, setting, min(train.count.shape[0], held_out.count.shape[0]), each * pieces)
+    like = jax.tree.map(lambda leaf: jnp.asarray(leaf[:1]), train.x)
+    state = jax.jit(outer.init)(init_key, like)
+    run = jax.jit(functools.partial(outer.run, steps=each))
+    judge = jax.jit(functools.partial(outer.evaluate, tasks=50))
+    name = lambda piece: folder.path / "checkpoints" / f"piece_{piece:02d}"  # noqa: E731
+    finished = [piece for piece in range(pieces) if folder.done(f"meta-{piece:02d}")]
+    for piece in tqdm(range(pieces), desc="meta-training"):
+        if piece in finished and piece + 1 in finished:
+            folder.step(f"meta-{piece:02d}", list)
+            continue
+        if piece in finished:
+            state = jax.device_put(checkpoint.restore(name(piece), state))
+
+        def compute(piece: int = piece) -> list[dict]:
+            nonlocal state
+            state, trained = run(run_key, state, train)
+            judged = judge(validation_key, state.meta, held_out)
+            checkpoint.save(name(piece), state)
+            values = {f"train_{k}": float(v.mean()) for k, v in trained.items()}
+            values |= {f"validation_{k}": float(v.mean()) for k, v in judged.items()}
+            return [{"series": "meta", "at": (piece + 1) * each, **values}]
+
+        for record in folder.step(f"meta-{piece:02d}", compute):
+            for metric in set(record) - {"series", "at"}:
+                folder.board(f"meta/{metric}", record[metric], record["at"])
+    checkpoint.save(folder.path / "meta_parameters", state.meta)
+    return state.meta
+
+
+def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, meta, learner_names, strategies):
+    """Runs every learner with every strategy on every seed; each call of a program is one step of the run folder.
+
+    A program serves all strategies that share a learner. The next programs are compiled while one runs.
+    """
+    sampler = tasks.problems(pool=setting.pool, test=setting.test)
+    keys = jax.random.split(key, config.seeds)
+    labels = list(range(config.batch_size, config.budget + 1, config.batch_size))
+    parts = range(0, config.seeds, config.seeds_at_once)
+    name = lambda learner, strategy, first: f"active-{learner}-{strategy}-{first:04d}"  # noqa: E731
+    programs: list[tuple[str, Arm, Future]] = []
+    with ThreadPoolExecutor(2) as compilers:
+        for learner in learner_names:
+            for arm in make_arms(learner, strategies, classes=setting.classes, shape=setting.shape, config=config):
+                run = jax.jit(jax.vmap(make_run(arm, sampler, config), in_axes=(0, None, None, None, None)))
+                wanted = any(not folder.done(name(learner, s, first)) for s in arm.strategies for first in parts)
+                arguments = (keys[: config.seeds_at_once], jnp.int32(0), meta, setting.problem_data, setting.full_test)
+                compiled = compilers.submit(lambda run=run, a=arguments: run.lower(*a).compile()) if wanted else None
+                programs.append((learner, arm, compiled))
+        records: dict[tuple[str, str], list[dict]] = {}
+        bar = tqdm(total=len(learner_names) * len(strategies) * len(parts), desc="active learning")
+        for learner, arm, compiled in programs:
+            for number, strategy in enumerate(arm.strategies):
+                bar.set_postfix_str(f"{learner} {strategy}")
+                own = records[learner, strategy] = []
+                for first in parts:
+
+                    def compute(first=first, strategy=strategy, number=number, learner=learner, compiled=compiled):
+                        some = keys[first : first + config.seeds_at_once]
+                        arguments = (some, jnp.int32(number), meta, setting.problem_data, setting.full_test)
+                        result = jax.device_get(compiled.result()(*arguments))
+                        return _records(result, f"{learner}/{strategy}", first, labels, setting.classes)
+
+                    own += folder.step(name(learner, strategy, first), compute)
+                    bar.update()
+        bar.close()
+    curves, final = {}, {}
+    for arm in itertools.product(learner_names, strategies):
+        at = {n: [r for r in records[arm] if r["at"] == n and not r.get("final")] for n in labels}
+        metrics = sorted(set(records[arm][0]) - {"series", "seed", "at", "final"})
+        curves[arm] = {m: np.array([[r[m] for r in at[n]] for n in labels]).T for m in metrics}
+        last = [r for r in records[arm] if r.get("final")]
+        final[arm] = {m: np.array([r[m] for r in last]) for m in metrics if m in last[0]}
+        for n, value in zip(labels, curves[arm]["accuracy"].mean(0), strict=True):
+            folder.board(f"active/{'/'.join(arm)}/accuracy", value, n)
+    return Study(labels, curves, final)
+
+
+def _records(result: Curves, name: str, first: int, labels: list[int], classes: int) -> list[dict]:
+    records = []
+    for i in range(result.count.shape[0]):
+        common = {"series": f"active/{name}", "seed": first + i}
+        for round, n in enumerate(labels):
+            scores = {metric: round_to(values[i, round]) for metric, values in result.test._asdict().items()}
+            counts = np.bincount(result.y[i, :n], minlength=classes)
+            # 1 for equal numbers of every class, 0 for a single class.
+            share = counts[counts > 0] / counts.sum()
+            balance = round_to(-(share * np.log(share)).sum() / np.log(classes))
+            records.append({**common, "at": n, **scores, "balance": balance})
+        scores = {metric: round_to(values[i]) for metric, values in result.final._asdict().items()}
+        records.append({**common, "at": labels[-1], "final": True, **scores})
+    return records
+
+
+def round_to(value) -> float:
+    """A float with the digits that float32 has."""
+    return float(f"{float(value):.7g}")
+
+
+def job(config: Config) -> None:
+    """The whole run."""
+    learner_names, strategy_names = check(config)
+    setting = Setting(config)
+    out = config.out or f"runs/{Path(config.source).stem}-{Path(config.target).stem}"
+    folder = RunFolder(out, config, resume=config.resume, free=FREE)
+    meta_key, active_key = jax.random.split(jax.random.key(config.seed))
+    meta = meta_train(config, setting, folder, meta_key) if {"maml", "frozen"} & set(learner_names) else ()
+    study = active(config, setting, folder, active_key, meta, learner_names, strategy_names)
+    text = table(study)
+    (folder.path / "table.txt").write_text(text + "\n")
+    picture(study, folder.path / "curves.png", f"{config.source} to {config.target}, {config.seeds} seeds")
+    names_of = {"source": Path(config.source).stem, "target": Path(config.target).stem}
+    paths = [folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])]
+    for path in paths:
+        write_results(
+            path, command=command(), environment=environment(), seconds=folder.seconds(),
+            config=dataclasses.asdict(config), rows=result_rows(study, **names_of),
+            paired=comparisons(study, against=("scratch", "frozen", "logistic")),
+        )  # fmt: skip
+    print(
+        f"\n{config.source} to {config.target}: test accuracy in %, mean and 95 % interval over {config.seeds} seeds\n"
+    )
+    print(text)
+    print(f"\nrun folder: {folder.path}")
+
+
+if __name__ == "__main__":
+    main(lambda: job(tyro.cli(Config)))

@@ -1,0 +1,178 @@
+"""Run folders: what an experiment leaves on disk, and how a killed one goes on.
+
+A run is a sequence of named steps. Each finished step is one small file, written whole or not at all, and the metrics
+are those files strung together in the order of the steps: a run that was killed and resumed ends with the same bytes
+as one that was not. Times are kept apart, in `times.jsonl`, because they never repeat.
+"""
+
+import dataclasses
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+Records = list[dict]
+
+
+class UsageError(Exception):
+    """Something that the user can mend; shown as one line, without a traceback."""
+
+
+def main(function: Callable[[], None]) -> None:
+    """Runs a script's main function; errors that the user can mend become one line and exit status 2."""
+    from metaal_jax.checkpoint import CheckpointError
+    from metaal_jax.data import DataError
+
+    try:
+        function()
+    except (UsageError, DataError, CheckpointError) as error:
+        sys.exit(_say(str(error)))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(_say(f"{error.strerror}{where}; finished steps are kept: make room, then go on with --resume"))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted; finished steps are kept: go on with --resume", 130))
+
+
+def _say(message: str, status: int = 2) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
+    """Comma-separated names, checked; raises `UsageError` for unknown or repeated ones."""
+    import difflib
+
+    known, given = list(known), tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(f"unknown {what} {name!r}; {hint}choose from {', '.join(known)}")
+    if not given or len(set(given)) < len(given):
+        raise UsageError(f"{what} list {text!r} is empty or repeats a name; choose from {', '.join(known)}")
+    return given
+
+
+def environment() -> dict:
+    """Versions and device, as they stand in every result."""
+    packages = ("metaal_jax", "jax", "jaxlib", "flax", "optax", "numpy")
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    device = jax.devices()[0]
+    kind = f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else device.device_kind
+    return {"device": f"{kind} x {jax.device_count()}", "versions": versions}
+
+
+def command() -> str:
+    """The command line, as a user would type it from the project's root."""
+    script = Path(sys.argv[0])
+    return " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Attributes:
+      path: the folder. It holds `config.json`, `environment.json`, `steps/`, `metrics.jsonl`, `times.jsonl`,
+        `tensorboard/` and what the experiment adds.
+    """
+
+    def __init__(self, path: str | os.PathLike, config, *, resume: bool, free: frozenset[str] = frozenset()):
+        """Opens a new folder, or one of the same config to go on with.
+
+        Args:
+          path: the folder.
+          config: a dataclass; `free` fields may differ between a run and its continuation.
+          resume: go on with what is there.
+          free: names of fields that do not decide the results.
+
+        Raises:
+          UsageError: where the folder holds a run and `resume` is not set, or a run of another config.
+        """
+        self.path = Path(path)
+        wanted = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config))).items() if k not in free}
+        file = self.path / "config.json"
+        if file.exists():
+            try:
+                held = json.loads(file.read_text())
+            except ValueError:
+                raise UsageError(f"{file} is damaged; delete the folder or give another --out") from None
+            differ = [k for k in sorted({*held, *wanted}) if held.get(k) != wanted.get(k)]
+            if differ:
+                k = differ[0]
+                raise UsageError(
+                    f"{self.path} holds a run with {k}={held.get(k)!r}, asked for is {wanted.get(k)!r}; "
+                    "give another --out or delete the folder"
+                )
+            if not resume:
+                raise UsageError(f"{self.path} already holds this run; go on with --resume or give another --out")
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise UsageError(f"{self.path} is not empty and holds no run; give another --out")
+        (self.path / "steps").mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        write(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        write(file, json.dumps(wanted, indent=1, sort_keys=True) + "\n")
+        self._records: dict[str, Records] = {}
+        self._board: Any = None
+
+    def step(self, name: str, compute: Callable[[], Records]) -> Records:
+        """The records of a step: read if it is finished, else computed and kept."""
+        file = self.path / "steps" / f"{name}.jsonl"
+        if file.exists():
+            records = [json.loads(line) for line in file.read_text().splitlines()]
+        else:
+            start = time.perf_counter()
+            records = compute()
+            write(file, lines(records))
+            with open(self.path / "times.jsonl", "a") as times:
+                times.write(json.dumps({"step": name, "seconds": round(time.perf_counter() - start, 3)}) + "\n")
+        self._records[name] = records
+        write(self.path / "metrics.jsonl", "".join(lines(part) for part in self._records.values()))
+        return records
+
+    def done(self, name: str) -> bool:
+        """Whether a step is finished."""
+        return (self.path / "steps" / f"{name}.jsonl").exists()
+
+    def seconds(self) -> float:
+        """Seconds that all finished steps took, over all continuations of the run."""
+        file = self.path / "times.jsonl"
+        if not file.exists():
+            return 0.0
+        return sum(json.loads(line)["seconds"] for line in file.read_text().splitlines() if line.endswith("}"))
+
+    def board(self, tag: str, value: float, at: int) -> None:
+        """One point of a TensorBoard curve; a resumed run draws all of them again."""
+        from tensorboardX import SummaryWriter
+
+        if self._board is None:
+            self._board = SummaryWriter(str(self.path / "tensorboard"))
+        self._board.add_scalar(tag, value, at)
+        self._board.flush()
+
+
+def lines(records: Records) -> str:
+    """Records as JSON lines."""
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(path.name + ".new")
+    with open(fresh, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)

@@ -1,0 +1,161 @@
+"""The networks against flax and NumPy."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metaal_jax import models
+
+CONVOLUTIONS = {  # features, kernel, strides, image height and width
+    "stride 1, odd and even": ((3, 3), (1, 1), (7, 6)),
+    "stride 2, odd and even": ((3, 3), (2, 2), (7, 6)),
+    "stride 2, even and odd": ((3, 3), (2, 2), (8, 5)),
+    "even kernel, unequal strides": ((2, 4), (1, 2), (5, 9)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_conv_is_flax_conv(key, name):
+    kernel, strides, size = CONVOLUTIONS[name]
+    ours = [models.Conv(4, kernel_size=kernel, strides=strides, implementation=i) for i in ("patches", "lax")]
+    modules = [nn.Conv(4, kernel, strides), *ours]
+    x_key, bias_key, init_key = jax.random.split(key, 3)
+    x = jax.random.normal(x_key, (2, *size, 3))
+
+    @jax.jit
+    def run(x):
+        params = [module.init(init_key, x)["params"] for module in modules]
+        shared = {**params[0], "bias": jax.random.normal(bias_key, (4,))}  # zeros would hide a missing bias
+
+        def loss(params, x, module):
+            y = module.apply({"params": params}, x)
+            return (jnp.sin(y) * jnp.arange(y.size).reshape(y.shape)).mean(), y
+
+        return params, [jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(shared, x, m) for m in modules]
+
+    params, results = run(x)
+    for mine, got in zip(params[1:], results[1:], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, mine, params[0])  # the same tree, the same draws from a key
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, results[0])
+
+
+@pytest.mark.parametrize("implementation", ["patches", "lax"])
+def test_conv_under_vmap_over_weights_inside_scan(key, implementation):
+    conv, flax_conv = models.Conv(3, implementation=implementation), nn.Conv(3, (3, 3))
+    x = jax.random.normal(key, (2, 5, 6, 3))
+    params = jax.jit(jax.vmap(lambda key: flax_conv.init(key, x)))(jax.random.split(key, 4))
+
+    def body(x, _):
+        return jnp.tanh(jax.vmap(conv.apply)(params, x)), None
+
+    many = jax.jit(lambda x: jax.lax.scan(body, x, length=3)[0])(jnp.stack([x] * 4))
+    apply = jax.jit(flax_conv.apply)
+    for member in range(4):
+        one = x
+        for _ in range(3):
+            one = jnp.tanh(apply(jax.tree.map(lambda leaf, i=member: leaf[i], params), one))
+        np.testing.assert_allclose(many[member], one, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 5)])
+def test_max_pool_is_flax_max_pool(key, size):
+    x = jax.random.normal(key, (2, *size, 3))
+
+    @jax.jit
+    def both(x):
+        pools = (models.max_pool, lambda x: nn.max_pool(x, (2, 2), (2, 2)))
+        return [(pool(x), jax.grad(lambda x, pool=pool: (pool(x) ** 3).sum())(x)) for pool in pools]
+
+    ours, theirs = both(x)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_batch_norm_against_numpy_and_padding(key):
+    x = np.asarray(jax.random.normal(key, (5, 3, 2, 4))) * 3 + 1
+    norm = models.BatchNorm()
+    variables = {"params": {"scale": jnp.arange(1.0, 5.0), "bias": jnp.arange(4.0)}}
+    apply = jax.jit(norm.apply)
+    wide = x.astype(np.float64)
+    wanted = (wide - wide.mean((0, 1, 2))) / np.sqrt(wide.var((0, 1, 2)) + 1e-5) * np.arange(1, 5) + np.arange(4)
+    np.testing.assert_allclose(apply(variables, x), wanted, atol=1e-5)
+    padded = np.concatenate([x, 100 + x[:2]])
+    got = apply(variables, padded, jnp.asarray([1.0] * 5 + [0.0] * 2))
+    np.testing.assert_allclose(got[:5], wanted, atol=1e-5)
+    assert np.isfinite(apply(variables, padded, jnp.zeros(7))).all()
+
+
+NETWORKS = {  # model, input shape of a row, width of the embedding
+    "mlp": (models.MLP(3, hidden=(16, 8)), (8, 8, 1), 8),
+    "linear": (models.MLP(3, hidden=()), (8, 8, 1), 64),
+    "mlp bfloat16": (models.MLP(3, hidden=(16, 8), dtype=jnp.bfloat16), (8, 8, 1), 8),
+    "conv4": (models.Conv4(3, filters=8), (28, 28, 1), 2 * 2 * 8),
+    "conv4 odd": (models.Conv4(3, filters=8, norm="none"), (9, 17, 3), 1 * 2 * 8),
+    "conv4 pooled": (models.Conv4(3, filters=8, downsample="pool", norm="batch"), (28, 28, 1), 8),
+    "conv4 bfloat16": (models.Conv4(3, filters=8, dtype=jnp.bfloat16), (16, 16, 3), 8),
+    "conv4 bfloat16 batch": (models.Conv4(3, filters=8, norm="batch", dtype=jnp.bfloat16), (16, 16, 3), 8),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_shapes_and_dtypes(key, name, dtype):
+    model, shape, width = NETWORKS[name]
+    x = jax.ShapeDtypeStruct((5, *shape), dtype)
+    variables = jax.eval_shape(model.init, key, x)
+    assert "head" in variables["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    logits, embedding = jax.eval_shape(model.apply, variables, x)
+    assert logits.shape == (5, 3)
+    assert embedding.shape == (5, width)
+    assert logits.dtype == embedding.dtype == jnp.float32
+
+
+def test_bfloat16_is_used_and_is_near_float32(key):
+    x = jax.random.normal(key, (6, 10))
+    wide, narrow = models.MLP(3), models.MLP(3, dtype=jnp.bfloat16)
+    variables = jax.jit(wide.init)(key, x)
+    a, b = (jax.jit(model.apply)(variables, x)[0] for model in (wide, narrow))
+    assert (a != b).any()
+    np.testing.assert_allclose(a, b, atol=0.05)
+
+
+def test_conv4_implementations_agree_and_read_uint8(key):
+    x = jax.random.randint(key, (3, 8, 8, 2), 0, 256).astype(jnp.uint8)
+    make = {"filters": 8, "blocks": 2}
+    model = models.Conv4(3, **make)
+    variables = jax.jit(model.init)(key, x)
+    logits, embedding = jax.jit(model.apply)(variables, x)
+    other = jax.jit(models.Conv4(3, implementation="lax", **make).apply)(variables, x.astype(jnp.float32) / 255)
+    np.testing.assert_allclose(other[0], logits, atol=1e-5)
+    np.testing.assert_allclose(other[1], embedding, atol=1e-5)
+    head = variables["params"]["head"]
+    np.testing.assert_allclose(embedding @ head["kernel"] + head["bias"], logits, atol=1e-5)
+    alone = jax.jit(model.apply)(variables, x[:1])
+    np.testing.assert_allclose(alone[0], logits[:1], atol=1e-5)  # group norm: rows do not meet
+
+
+@pytest.mark.parametrize("model", [models.MLP(3, hidden=(4,), zero_head=True), models.Conv4(3, 8, 1, zero_head=True)])
+def test_zero_head_predicts_nothing(key, model):
+    x = jax.random.normal(key, (2, 8, 8, 1))
+    assert (jax.jit(lambda: model.init_with_output(key, x)[0][0])() == 0).all()
+
+
+WRONG = {
+    "norm": lambda: models.Conv4(3, norm="layer"),
+    "downsample": lambda: models.Conv4(3, downsample="average"),
+    "groups": lambda: models.Conv4(3, filters=12, groups=8),
+    "implementation": lambda: jax.eval_shape(
+        models.Conv(3, implementation="fft").init, jax.random.key(0), jnp.zeros((1, 4, 4, 1))
+    ),
+    "blocks": lambda: jax.eval_shape(
+        models.Conv4(3, downsample="pool").init, jax.random.key(0), jnp.zeros((1, 8, 8, 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments_are_named(name):
+    with pytest.raises(ValueError, match=name):
+        WRONG[name]()
