@@ -159,10 +159,13 @@ def _learner(learner: str, classes: int, shape: tuple[int, ...], config: Any):
         base = linear(config.logistic_rate, config.logistic_decay, config.logistic_steps)
         return base, fresh, keep, "bootstrap"
     if learner == "maml":
+        inner = optax.partition(
+            {"head": optax.adam(config.adapt_rate), "body": optax.adam(config.adapt_body_rate)},
+            lambda params: {"params": {name: "head" if name == "head" else "body" for name in params["params"]}},
+        )
         base = learners.maml(
-            model, inner=optax.sgd(config.adapt_rate), steps=config.adapt_steps, head="prototypes",
-            temperature=config.temperature,
-        )  # fmt: skip
+            model, inner=inner, steps=config.adapt_steps, head="prototypes", temperature=config.temperature
+        )
         return base, lambda key, meta, x: without_head(model, meta, x), keep, "bootstrap"
     if learner != "frozen":
         raise ValueError(f"unknown learner {learner!r}; choose from {list(LEARNERS)}")

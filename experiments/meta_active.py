@@ -72,14 +72,14 @@ class Config:
     ways: int | None = None
     """Classes of a meta-training task; by default 20, or fewer where the source has fewer."""
     meta_steps: int | None = None
-    """Outer steps; by default 600 for small images, else 12000."""
+    """Outer steps; by default 2000 below 16 pixels, else 15000."""
     meta_tasks: int = 1
     """Tasks of one outer step."""
     meta_labels: int = 80
     """Largest support set of a meta-training task; the smallest is a label a class."""
     meta_queries: int = 6
     """Query rows of each class."""
-    meta_rate: float = 1e-3
+    meta_rate: float = 3e-3
     """Outer learning rate (Adam), falling to zero along a cosine."""
     inner_steps: int = 1
     """Inner steps of MAML in meta-training."""
@@ -94,17 +94,19 @@ class Config:
     """Blocks of the network; by default 4, or 2 below 16 pixels."""
     norm: Literal["none", "group", "batch"] = "none"
     """Norm layers of the network."""
-    adapt_steps: int = 1
-    """Inner steps of the meta-learned network on the target."""
-    adapt_rate: float = 0.01
-    """Their learning rate (SGD)."""
+    adapt_steps: int = 20
+    """Inner steps of the meta-learned network on the target (Adam, from the prototype head)."""
+    adapt_rate: float = 1e-2
+    """Their learning rate for the last layer."""
+    adapt_body_rate: float = 3e-4
+    """Their learning rate for the other layers."""
     temperature: float = 1.0
     """Factor on the prototype head's logits."""
     scratch_steps: int = 60
     """Steps from scratch (AdamW, all labels in every step)."""
     scratch_rate: float = 1e-3
     """Their learning rate."""
-    scratch_decay: float = 1.0
+    scratch_decay: float = 3.0
     """Their weight decay."""
     frozen_steps: int = 50
     """Steps of the linear layer on the frozen embedding (AdamW)."""
@@ -252,7 +254,7 @@ def make_outer(config: Config, setting: Setting, classes: int, steps: int) -> Ou
 def meta_train(config: Config, setting: Setting, folder: RunFolder, key: jax.Array):
     """Meta-parameters, trained in pieces that are checkpointed one by one."""
     data_key, init_key, run_key, validation_key = jax.random.split(key, 4)
-    steps = config.meta_steps if config.meta_steps is not None else (600 if min(setting.shape[:2]) < 16 else 12000)
+    steps = config.meta_steps if config.meta_steps is not None else (2000 if min(setting.shape[:2]) < 16 else 15000)
     pieces = max(1, min(20, steps // 50))
     each = -(-steps // pieces)
     if setting.by_shapes:
@@ -269,26 +271,23 @@ def meta_train(config: Config, setting: Setting, folder: RunFolder, key: jax.Arr
     state = jax.jit(outer.init)(init_key, like)
     run = jax.jit(functools.partial(outer.run, steps=each))
     judge = jax.jit(functools.partial(outer.evaluate, tasks=50))
-    name = lambda piece: folder.path / "checkpoints" / f"piece_{piece:02d}"  # noqa: E731
-    finished = [piece for piece in range(pieces) if folder.done(f"meta-{piece:02d}")]
+    saved = [folder.path / "checkpoints" / f"piece_{piece:02d}" for piece in range(pieces)]
+    last = max((i for i in range(pieces) if folder.done(f"meta-{i:02d}") and saved[i].is_dir()), default=-1)
+    if last >= 0:
+        state = jax.device_put(checkpoint.restore(saved[last], state))
     for piece in tqdm(range(pieces), desc="meta-training"):
-        if piece in finished and piece + 1 in finished:
-            folder.step(f"meta-{piece:02d}", list)
-            continue
-        if piece in finished:
-            state = jax.device_put(checkpoint.restore(name(piece), state))
 
         def compute(piece: int = piece) -> list[dict]:
             nonlocal state
             state, trained = run(run_key, state, train)
             judged = judge(validation_key, state.meta, held_out)
-            checkpoint.save(name(piece), state)
-            values = {f"train_{k}": float(v.mean()) for k, v in trained.items()}
-            values |= {f"validation_{k}": float(v.mean()) for k, v in judged.items()}
+            checkpoint.save(saved[piece], state)
+            values = {f"train_{k}": round_to(v.mean()) for k, v in trained.items()}
+            values |= {f"validation_{k}": round_to(v.mean()) for k, v in judged.items()}
             return [{"series": "meta", "at": (piece + 1) * each, **values}]
 
-        for record in folder.step(f"meta-{piece:02d}", compute):
-            for metric in set(record) - {"series", "at"}:
+        for record in folder.step(f"meta-{piece:02d}", compute, again=piece > last):
+            for metric in sorted(set(record) - {"series", "at"}):
                 folder.board(f"meta/{metric}", record[metric], record["at"])
     checkpoint.save(folder.path / "meta_parameters", state.meta)
     return state.meta

@@ -126,10 +126,10 @@ class RunFolder:
         self._records: dict[str, Records] = {}
         self._board: Any = None
 
-    def step(self, name: str, compute: Callable[[], Records]) -> Records:
-        """The records of a step: read if it is finished, else computed and kept."""
+    def step(self, name: str, compute: Callable[[], Records], *, again: bool = False) -> Records:
+        """The records of a step: read if it is finished (unless `again`), else computed and kept."""
         file = self.path / "steps" / f"{name}.jsonl"
-        if file.exists():
+        if file.exists() and not again:
             records = [json.loads(line) for line in file.read_text().splitlines()]
         else:
             start = time.perf_counter()

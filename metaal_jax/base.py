@@ -148,8 +148,8 @@ class PoolView(NamedTuple):
 
     @property
     def available(self) -> Array:
-        """Bool `[n]`: rows that may still be asked for."""
-        return (self.weight > 0) & ~self.queried
+        """Bool `[n]`: rows that may still be asked for: real, never asked before, and within what is left to spend."""
+        return (self.weight > 0) & ~self.queried & (self.spent + self.cost <= self.budget)
 
 
 class Decision(NamedTuple):
@@ -291,7 +291,12 @@ def check_learner(learner: Learner, key: Array, batch: Batch, *, atol: float = 1
     keys = jnp.stack([adapt_key, adapt_key])
     both = jax.jit(jax.vmap(lambda k: learner.predict(learner.adapt(k, meta, batch), batch.x)))(keys)
     _assert(_close(both.logits[1], prediction.logits, atol), "vmap over adapt differs from a single call")
-    grads, metrics = jax.jit(learner.meta_grad)(adapt_key, meta, Task(batch, batch), step=jnp.int32(0))
+    meta_grad = jax.jit(learner.meta_grad)
+    grads, metrics = meta_grad(adapt_key, meta, Task(batch, batch), step=jnp.int32(0))
+    unlabelled = Task(empty_batch(batch.x, n), batch)
+    for task, what in ((Task(batch, batch), "a labelled task"), (unlabelled, "a task without labels")):
+        leaves = jax.tree.leaves(meta_grad(adapt_key, meta, task, step=jnp.int32(0))[0])
+        _assert(all(np.isfinite(leaf).all() for leaf in leaves), f"meta_grad is not finite on {what}")
     same = str(jax.tree.structure(grads)) == str(jax.tree.structure(meta))
     _assert(same, "meta_grad's gradients must have the structure of meta")
     _assert({"loss", "accuracy"} <= set(metrics), f"meta_grad's metrics need loss and accuracy, got {sorted(metrics)}")

@@ -35,6 +35,7 @@ class ActiveState(NamedTuple):
       queried: bool `[n]`, rows asked for, answered or not.
       spent: float32 `[]`, the cost of all answers.
       round: int32 `[]`, rounds told so far.
+      oracle: the key of the simulated oracle's errors.
       params: the adapted parameters.
       policy_state: the policy's memory.
     """
@@ -45,6 +46,7 @@ class ActiveState(NamedTuple):
     queried: Array
     spent: Array
     round: Array
+    oracle: Array
     params: PyTree
     policy_state: PyTree
 
@@ -111,7 +113,7 @@ def active_learner(
       capacity: rows of the labelled buffer, the initial set included, static. Adapting costs what it holds; `grow`
         enlarges it between segments of a long run.
       budget: what all answers together may cost, in units of `Problem.cost`; rows that would exceed it are not asked.
-        None for `capacity`, which unit costs cannot exceed.
+        None for `capacity`, which unit costs cannot exceed. Sums are float32: prefer whole numbers.
       warm_start: adapt from the last round's parameters instead of from the meta-parameters.
       wrong: probability that the simulated oracle answers with another class, drawn evenly.
       silent: probability that it gives no answer; such a row costs nothing and is not asked again.
@@ -176,7 +178,7 @@ def active_learner(
             raise ValueError(f"capacity {capacity} is larger than the pool of {n} rows; ask for at most {n} labels")
         if given > capacity:
             raise ValueError(f"an initial set of {given} rows does not fit a capacity of {capacity}; raise capacity")
-        adapt_key, again_key, begin_key = jax.random.split(key, 3)
+        adapt_key, again_key, begin_key, oracle_key = jax.random.split(key, 4)
         nothing = empty_batch(problem.x, capacity)
         state = ActiveState(
             labelled=nothing,
@@ -185,6 +187,7 @@ def active_learner(
             queried=jnp.zeros(n, bool),
             spent=jnp.zeros(()),
             round=jnp.zeros((), jnp.int32),
+            oracle=oracle_key,
             params=learner.adapt(adapt_key, meta, nothing, unlabelled=problem.x),
             policy_state=(),
         )
@@ -214,7 +217,7 @@ def active_learner(
         return state._replace(params=refit(key, meta, state, problem), round=state.round + 1)
 
     def answer(key: Array, truth: Array, decision: Decision, classes: int) -> tuple[Array, Array]:
-        """The simulated oracle; its noise belongs to rows, so all strategies meet the same errors."""
+        """The simulated oracle; its noise belongs to a run's rows, so all strategies meet the same errors."""
 
         def one(row: Array) -> tuple[Array, Array]:
             wrong_key, class_key, silent_key = jax.random.split(jax.random.fold_in(key, row), 3)
@@ -230,10 +233,10 @@ def active_learner(
     ) -> tuple[ActiveState, Info]:
         if problem.y is None:
             raise ValueError("step simulates the oracle and needs problem.y; without labels drive ask and tell")
-        ask_key, answer_key, tell_key = jax.random.split(key, 3)
+        ask_key, tell_key = jax.random.split(key)
         decision, state = ask(ask_key, meta, policy_params, state, problem)
         classes = jax.eval_shape(learner.predict, state.params, problem.x).logits.shape[-1]
-        y, weight = answer(answer_key, problem.y, decision, classes)
+        y, weight = answer(state.oracle, problem.y, decision, classes)
         weight = weight * decision.valid
         state = tell(tell_key, meta, state, problem, decision, y, weight)
         info = Info(

@@ -76,7 +76,7 @@ def score_pool(
             labelled_index=jnp.zeros(0, jnp.int32),
             meta=(),
             params=params,
-            budget=jnp.zeros(()),
+            budget=jnp.full((), jnp.inf),
             spent=jnp.zeros(()),
         )
         return scorer(key, view)

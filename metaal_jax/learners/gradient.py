@@ -88,7 +88,9 @@ def maml(
     """Model-agnostic meta-learning: an initialisation from which a few gradient steps fit a new task.
 
     `adapt` takes `steps` steps of `inner` on the labelled rows from the meta-parameters (or from `start`);
-    `meta_grad` is the gradient of the query loss after them, through all steps, or first order.
+    `meta_grad` is the gradient of the query loss after them, through all steps, or first order. The derivative of
+    Adam-like inner optimisers is NaN where a gradient is exactly 0 (a constant input, a task without labels) unless
+    they are given `eps_root > 0`.
 
     Args:
       model: a Flax module, see `metaal_jax.models`.
@@ -96,7 +98,10 @@ def maml(
       steps: inner steps; meta-training and later use may differ, the meta-parameters fit both.
       first_order: treats the inner gradients as constants (FOMAML).
       head: `"meta"` starts the last layer from the meta-parameters; `"prototypes"` from the class means of the
-        labelled rows' embeddings (Proto-MAML), which suits any number of labels per class.
+        labelled rows' embeddings (Proto-MAML), which suits any number of labels per class. The steps then see the
+        embedding less its mean over the labelled rows, since features after a ReLU share a large mean that would make
+        the head's gradients all but parallel; the result is folded back into the head. It needs a last layer named
+        `head` with a bias, and a warm start keeps the head it is given.
       temperature: factor on the prototype head's logits, > 0.
       remat: recomputes inner steps in the backward pass.
       unroll: of the scan over inner steps.
@@ -124,20 +129,32 @@ def maml(
     def adapt(key: Array, meta: PyTree, batch: Batch, /, *, unlabelled: PyTree = None, start: PyTree = None) -> PyTree:
         del key, unlabelled
         origin = meta if start is None else start
-        begin = origin
+        begin, centre = origin, None
         if head == "prototypes" and start is None:
             _, embedding = _apply(model, meta, batch.x, batch.weight)
+            total = batch.weight.sum()
+            centre = (batch.weight @ embedding) / jnp.where(total > 0, total, 1.0)
             last = meta["params"]["head"]
-            made = prototype_head(embedding, batch.y, batch.weight, last["bias"].shape[0], temperature=temperature)
+            made = prototype_head(
+                embedding - centre, batch.y, batch.weight, last["bias"].shape[0], temperature=temperature
+            )
             begin = {**meta, "params": {**meta["params"], "head": made}}
 
+        def uncentred(params: PyTree) -> PyTree:
+            if centre is None:
+                return params
+            head = params["params"]["head"]
+            head = {**head, "bias": head["bias"] - centre @ head["kernel"]}
+            return {**params, "params": {**params["params"], "head": head}}
+
         def loss(params: PyTree) -> Array:
-            logits, _ = _apply(model, params, batch.x, batch.weight)
+            logits, _ = _apply(model, uncentred(params), batch.x, batch.weight)
             return cross_entropy(logits, batch.y, batch.weight)
 
         params = inner_loop(
             loss, begin, optimizer=inner, steps=steps, first_order=first_order, remat=remat, unroll=unroll
         )
+        params = uncentred(params)
         # Without a label there is nothing to adapt to, whatever weight decay would do.
         labelled = batch.weight.sum() > 0
         return jax.tree.map(lambda new, old: jnp.where(labelled, new, old), params, origin)
