@@ -12,7 +12,6 @@ Figures and times: experiments/results/meta_active/ and the table in the README.
 
 import dataclasses
 import functools
-import itertools
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from arms import LEARNERS, STRATEGIES, Arm, Curves, make_arms, make_model, make_run
-from report import Study, comparisons, picture, result_rows, table, write_results
-from runs import RunFolder, UsageError, command, environment, main, names
 from tqdm import tqdm
 
-from metaal_jax import checkpoint, data, exemplars, learners, tasks
+from arms import LEARNERS, STRATEGIES, Arm, Curves, make_arms, make_run
+from meta_training import make_meta_job, meta_train
+from metaal_jax import data, tasks
 from metaal_jax.base import Batch
-from metaal_jax.outer import OuterLoop, outer_loop
+from report import Study, comparisons, picture, result_rows, table, write_results
+from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,8 @@ class Config:
     """Their learning rate."""
     logistic_decay: float = 0.1
     """Their weight decay."""
-    chunk: int = 1000
-    """Rows predicted at a time."""
+    chunk: int = 100
+    """Rows predicted at a time. Few stay in a CPU's cache (twice as fast as 1000); a GPU wants many."""
 
     seed: int = 0
     """Decides everything that is drawn."""
@@ -217,83 +215,7 @@ def check(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return names(config.learners, LEARNERS, "learner"), names(config.strategies, STRATEGIES, "strategy")
 
 
-def draw_shapes(key: jax.Array, images: np.ndarray, classes: int, label: str) -> tasks.ClassData:
-    """`classes` shape classes of 20 examples, each drawn from a random image; those that show nothing are left out."""
-    at_once = min(500, classes)
-    draw = jax.jit(jax.vmap(exemplars.shape_exemplars(examples=20, size=images.shape[1])))
-    drawn = []
-    for part in tqdm(range(0, classes, at_once), desc=label):
-        pick_key, draw_key = jax.random.split(jax.random.fold_in(key, part))
-        row = jax.random.randint(pick_key, (at_once,), 0, len(images))
-        x, ink = draw(jax.random.split(draw_key, at_once), images[np.asarray(row)])
-        drawn.append(np.asarray(x)[np.asarray((ink > 0.05) & (ink < 0.5))])
-    x = np.concatenate(drawn)
-    y = np.repeat(np.arange(len(x)), x.shape[1])
-    return jax.device_put(tasks.class_data(x.reshape(-1, *x.shape[2:]), y))
-
-
-def make_outer(config: Config, setting: Setting, classes: int, steps: int) -> OuterLoop:
-    """The outer loop on tasks of `classes` source classes."""
-    rotations = not setting.by_shapes and len(setting.shape) == 3
-    available = classes * (4 if rotations else 1)
-    ways = config.ways or min(20, available)
-    if ways > available:
-        raise UsageError(f"--ways {ways} wanted, {config.source!r} has {available} classes"
-                         f"{' with rotations' if rotations else ''}; give --ways {available} or less")  # fmt: skip
-    learner = learners.maml(
-        make_model(ways, setting.shape, config), inner=optax.sgd(config.inner_rate), steps=config.inner_steps,
-        first_order=config.first_order, head="prototypes", temperature=config.temperature, unroll=True,
-    )  # fmt: skip
-    sampler = tasks.growing(
-        ways=ways, labels=max(config.meta_labels, ways), smallest=ways, queries=config.meta_queries, rotations=rotations
-    )
-    optimizer = optax.adam(optax.cosine_decay_schedule(config.meta_rate, steps))
-    return outer_loop(learner, sampler, optimizer=optimizer, tasks=config.meta_tasks, chunk=1)
-
-
-def meta_train(config: Config, setting: Setting, folder: RunFolder, key: jax.Array):
-    """Meta-parameters, trained in pieces that are checkpointed one by one."""
-    data_key, init_key, run_key, validation_key = jax.random.split(key, 4)
-    steps = config.meta_steps if config.meta_steps is not None else (2000 if min(setting.shape[:2]) < 16 else 15000)
-    pieces = max(1, min(20, steps // 50))
-    each = -(-steps // pieces)
-    if setting.by_shapes:
-        keys = jax.random.split(data_key)
-        train = draw_shapes(keys[0], setting.train_source.x, config.shape_classes, "drawing shapes")
-        held_out = draw_shapes(keys[1], setting.validation_source.x, 500, "drawing shapes for validation")
-    else:
-        train, held_out = (
-            jax.device_put(tasks.class_data(part.x, part.y))
-            for part in (setting.train_source, setting.validation_source)
-        )
-    outer = make_outer(config, setting, min(train.count.shape[0], held_out.count.shape[0]), each * pieces)
-    like = jax.tree.map(lambda leaf: jnp.asarray(leaf[:1]), train.x)
-    state = jax.jit(outer.init)(init_key, like)
-    run = jax.jit(functools.partial(outer.run, steps=each))
-    judge = jax.jit(functools.partial(outer.evaluate, tasks=50))
-    saved = [folder.path / "checkpoints" / f"piece_{piece:02d}" for piece in range(pieces)]
-    last = max((i for i in range(pieces) if folder.done(f"meta-{i:02d}") and saved[i].is_dir()), default=-1)
-    if last >= 0:
-        state = jax.device_put(checkpoint.restore(saved[last], state))
-    for piece in tqdm(range(pieces), desc="meta-training"):
-
-        def compute(piece: int = piece) -> list[dict]:
-            nonlocal state
-            state, trained = run(run_key, state, train)
-            judged = judge(validation_key, state.meta, held_out)
-            checkpoint.save(saved[piece], state)
-            values = {f"train_{k}": round_to(v.mean()) for k, v in trained.items()}
-            values |= {f"validation_{k}": round_to(v.mean()) for k, v in judged.items()}
-            return [{"series": "meta", "at": (piece + 1) * each, **values}]
-
-        for record in folder.step(f"meta-{piece:02d}", compute, again=piece > last):
-            for metric in sorted(set(record) - {"series", "at"}):
-                folder.board(f"meta/{metric}", record[metric], record["at"])
-    checkpoint.save(folder.path / "meta_parameters", state.meta)
-    return state.meta
-
-
-def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, meta, learner_names, strategies):
+def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, meta, arms: list[tuple[str, Arm]]):
     """Runs every learner with every strategy on every seed; each call of a program is one step of the run folder.
 
     A program serves all strategies that share a learner. The next programs are compiled while one runs.
@@ -305,15 +227,14 @@ def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, 
     name = lambda learner, strategy, first: f"active-{learner}-{strategy}-{first:04d}"  # noqa: E731
     programs: list[tuple[str, Arm, Future]] = []
     with ThreadPoolExecutor(2) as compilers:
-        for learner in learner_names:
-            for arm in make_arms(learner, strategies, classes=setting.classes, shape=setting.shape, config=config):
-                run = jax.jit(jax.vmap(make_run(arm, sampler, config), in_axes=(0, None, None, None, None)))
-                wanted = any(not folder.done(name(learner, s, first)) for s in arm.strategies for first in parts)
-                arguments = (keys[: config.seeds_at_once], jnp.int32(0), meta, setting.problem_data, setting.full_test)
-                compiled = compilers.submit(lambda run=run, a=arguments: run.lower(*a).compile()) if wanted else None
-                programs.append((learner, arm, compiled))
+        for learner, arm in arms:
+            run = jax.jit(jax.vmap(make_run(arm, sampler, config), in_axes=(0, None, None, None, None)))
+            wanted = any(not folder.done(name(learner, s, first)) for s in arm.strategies for first in parts)
+            example = (keys[: config.seeds_at_once], jnp.int32(0), meta, setting.problem_data, setting.full_test)
+            compiled = compilers.submit(lambda run=run, a=example: run.lower(*a).compile()) if wanted else None
+            programs.append((learner, arm, compiled))
         records: dict[tuple[str, str], list[dict]] = {}
-        bar = tqdm(total=len(learner_names) * len(strategies) * len(parts), desc="active learning")
+        bar = tqdm(total=sum(len(arm.strategies) for _, arm in arms) * len(parts), desc="active learning")
         for learner, arm, compiled in programs:
             for number, strategy in enumerate(arm.strategies):
                 bar.set_postfix_str(f"{learner} {strategy}")
@@ -322,15 +243,17 @@ def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, 
 
                     def compute(first=first, strategy=strategy, number=number, learner=learner, compiled=compiled):
                         some = keys[first : first + config.seeds_at_once]
-                        arguments = (some, jnp.int32(number), meta, setting.problem_data, setting.full_test)
-                        result = jax.device_get(compiled.result()(*arguments))
+                        result = compiled.result()(
+                            some, jnp.int32(number), meta, setting.problem_data, setting.full_test
+                        )
+                        result = jax.device_get(result)
                         return _records(result, f"{learner}/{strategy}", first, labels, setting.classes)
 
                     own += folder.step(name(learner, strategy, first), compute)
                     bar.update()
         bar.close()
     curves, final = {}, {}
-    for arm in itertools.product(learner_names, strategies):
+    for arm in records:
         at = {n: [r for r in records[arm] if r["at"] == n and not r.get("final")] for n in labels}
         metrics = sorted(set(records[arm][0]) - {"series", "seed", "at", "final"})
         curves[arm] = {m: np.array([[r[m] for r in at[n]] for n in labels]).T for m in metrics}
@@ -357,26 +280,25 @@ def _records(result: Curves, name: str, first: int, labels: list[int], classes: 
     return records
 
 
-def round_to(value) -> float:
-    """A float with the digits that float32 has."""
-    return float(f"{float(value):.7g}")
-
-
 def job(config: Config) -> None:
     """The whole run."""
     learner_names, strategy_names = check(config)
     setting = Setting(config)
     out = config.out or f"runs/{Path(config.source).stem}-{Path(config.target).stem}"
+    make = functools.partial(make_arms, classes=setting.classes, shape=setting.shape, config=config)
+    with arguments():
+        meta_job = make_meta_job(config, setting) if {"maml", "frozen"} & set(learner_names) else None
+        arms = [(learner, arm) for learner in learner_names for arm in make(learner, strategy_names)]
     folder = RunFolder(out, config, resume=config.resume, free=FREE)
     meta_key, active_key = jax.random.split(jax.random.key(config.seed))
-    meta = meta_train(config, setting, folder, meta_key) if {"maml", "frozen"} & set(learner_names) else ()
-    study = active(config, setting, folder, active_key, meta, learner_names, strategy_names)
+    meta = meta_train(config, setting, meta_job, folder, meta_key) if meta_job else ()
+    study = active(config, setting, folder, active_key, meta, arms)
     text = table(study)
     (folder.path / "table.txt").write_text(text + "\n")
-    picture(study, folder.path / "curves.png", f"{config.source} to {config.target}, {config.seeds} seeds")
     names_of = {"source": Path(config.source).stem, "target": Path(config.target).stem}
     paths = [folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])]
     for path in paths:
+        picture(study, path.with_suffix(".png"), f"{names_of['source']} to {names_of['target']}, {config.seeds} seeds")
         write_results(
             path, command=command(), environment=environment(), seconds=folder.seconds(),
             config=dataclasses.asdict(config), rows=result_rows(study, **names_of),

@@ -5,6 +5,7 @@ are those files strung together in the order of the steps: a run that was killed
 as one that was not. Times are kept apart, in `times.jsonl`, because they never repeat.
 """
 
+import contextlib
 import dataclasses
 import errno
 import importlib.metadata
@@ -50,6 +51,15 @@ def _say(message: str, status: int = 2) -> int:
     return status
 
 
+@contextlib.contextmanager
+def arguments():
+    """Where options become algorithms: a factory's `ValueError` is the user's to mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
     """Comma-separated names, checked; raises `UsageError` for unknown or repeated ones."""
     import difflib
@@ -75,9 +85,10 @@ def environment() -> dict:
 
 
 def command() -> str:
-    """The command line, as a user would type it from the project's root."""
+    """The command line, as a user would type it from the project's root; a resumed run has the bits of a whole one."""
     script = Path(sys.argv[0])
-    return " ".join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    given = [word for word in sys.argv[1:] if word != "--resume"]
+    return " ".join(["python", f"{script.parent.name}/{script.name}", *given])
 
 
 class RunFolder:
@@ -160,6 +171,11 @@ class RunFolder:
             self._board = SummaryWriter(str(self.path / "tensorboard"))
         self._board.add_scalar(tag, value, at)
         self._board.flush()
+
+
+def round_to(value) -> float:
+    """A float with the digits that float32 has."""
+    return float(f"{float(value):.7g}")
 
 
 def lines(records: Records) -> str:

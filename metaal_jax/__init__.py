@@ -1,6 +1,6 @@
 """Meta-active learning in JAX: learn from many tasks how to adapt to a new one, and which of its examples to label."""
 
-from metaal_jax import acquisition, learners, losses, metrics, models, parallel, tasks
+from metaal_jax import acquisition, data, exemplars, learners, loop, losses, metrics, models, parallel, tasks
 from metaal_jax.base import (
     ActiveLearner,
     Batch,
@@ -33,7 +33,10 @@ __all__ = [
     "active_learner",
     "check_learner",
     "check_policy",
+    "data",
+    "exemplars",
     "learners",
+    "loop",
     "losses",
     "metrics",
     "models",

@@ -1,5 +1,9 @@
 """Checkpoints with Orbax: pytrees of arrays, saved atomically and restored into a known structure."""
 
+import errno
+import glob
+import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +14,9 @@ import numpy as np
 
 from metaal_jax.base import PyTree
 
+_CONTENTS = "contents.json"  # what the checkpoint holds and the checksums of its files
+_FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)))
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of another structure; the message is one line and says what to do."""
@@ -19,15 +26,33 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Saves a pytree of arrays to the folder `path`, replacing what is there once the new one is whole.
 
     Typed keys are not arrays: save what they were made from.
+
+    Raises:
+      CheckpointError: where it cannot be written, say because the disk is full; what was there before is kept.
     """
     import orbax.checkpoint as ocp
 
     target = Path(path).absolute()
     fresh = target.with_name(target.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(fresh, jax.tree.map(np.asarray, tree))
+    arrays = jax.tree.map(np.asarray, tree)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + 2**18
+    try:
+        for left_over in target.parent.glob(glob.escape(fresh.name) + "*"):  # of a killed run
+            shutil.rmtree(left_over, ignore_errors=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Asked first, since threads below Orbax print tracebacks of their own when a write fails.
+        if shutil.disk_usage(target.parent).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(fresh, arrays)
+        contents = {"leaves": _leaves(arrays), "files": _checksums(fresh)}
+        (fresh / _CONTENTS).write_text(json.dumps(contents, indent=1) + "\n")
+    # The storage below Orbax reports a full disk as a ValueError with the system's reason somewhere in it.
+    except Exception as error:
+        reason = next((text for text in _FULL if text in str(error)), _one_line(error))
+        raise CheckpointError(
+            f"the checkpoint {target} cannot be written ({reason}); make room or give another folder"
+        ) from error
     shutil.rmtree(target, ignore_errors=True)
     os.replace(fresh, target)
 
@@ -50,20 +75,60 @@ def restore(path: str | os.PathLike[str], like: PyTree) -> Any:
     folder = Path(path).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}; give the folder that a run wrote, or train again")
+    _check(folder, like)
     shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(folder, shapes)
+            return checkpointer.restore(folder, shapes)
     # Orbax and the storage below it raise a different type for every kind of damage.
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"the checkpoint {folder} is damaged or of another model ({reason}); delete it to compute it again"
+            f"the checkpoint {folder} is damaged or of another model ({_one_line(error)}); delete it to compute it "
+            "again, or give another folder"
         ) from error
-    for saved, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True):
-        if saved.shape != wanted.shape:
-            raise CheckpointError(
-                f"the checkpoint {folder} holds shape {saved.shape} where {wanted.shape} is wanted; it is of another "
-                "model: delete it or give another folder"
-            )
-    return tree
+
+
+def _check(folder: Path, like: PyTree) -> None:
+    """Compares a checkpoint with its list of contents, if it has one: Orbax does not notice every kind of damage."""
+    if not (folder / _CONTENTS).exists():
+        return
+    try:
+        contents = json.loads((folder / _CONTENTS).read_text())
+        held, files = dict(contents["leaves"]), dict(contents["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the checkpoint {folder} is damaged ({_CONTENTS} is torn); delete it to compute it again"
+        ) from error
+    found = _checksums(folder)
+    torn = sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name))
+    if torn:
+        raise CheckpointError(
+            f"the checkpoint {folder} is damaged ({torn[0]} is not as it was written); delete it to compute it again"
+        )
+    wanted = _leaves(like)
+    other = sorted(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name))
+    if other:
+        name = other[0]
+        raise CheckpointError(
+            f"the checkpoint {folder} is of another model ({name}: it holds {held.get(name, 'nothing')}, wanted is "
+            f"{wanted.get(name, 'nothing')}); delete it to compute it again, or give another folder"
+        )
+
+
+def _leaves(tree: PyTree) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != _CONTENTS
+    }
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

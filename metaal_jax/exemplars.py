@@ -74,7 +74,7 @@ def shape_exemplars(
         line_width = jax.random.uniform(keys[6], minval=0.8, maxval=2.0)
         inside = jnp.where(jax.random.bernoulli(keys[7]), 1.0, -1.0)
 
-        def crop_at(y: Array, x: Array) -> tuple[Array, Array]:
+        def crop_at(y: Array | np.ndarray, x: Array | np.ndarray) -> tuple[Array, Array]:
             window = jax.nn.sigmoid(6 * (1 - (y / window_y) ** 2 - (x / window_x) ** 2))
             rows = centre[0] + half * (jnp.cos(turn) * y - jnp.sin(turn) * x)
             columns = centre[1] + half * (jnp.sin(turn) * y + jnp.cos(turn) * x)

@@ -1,0 +1,106 @@
+"""Meta-training of the main job: tasks of the source, the outer loop, checkpoints."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from arms import make_model
+from metaal_jax import checkpoint, exemplars, learners, tasks
+from metaal_jax.outer import OuterLoop, outer_loop
+from runs import RunFolder, UsageError, round_to
+
+
+def draw_shapes(key: jax.Array, images: np.ndarray, classes: int, label: str) -> tasks.ClassData:
+    """`classes` shape classes of 20 examples, each drawn from a random image; those that show nothing are left out."""
+    at_once = min(500, classes)
+    draw = jax.jit(jax.vmap(exemplars.shape_exemplars(examples=20, size=images.shape[1])))
+    drawn = []
+    for part in tqdm(range(0, classes, at_once), desc=label):
+        pick_key, draw_key = jax.random.split(jax.random.fold_in(key, part))
+        row = jax.random.randint(pick_key, (at_once,), 0, len(images))
+        x, ink = draw(jax.random.split(draw_key, at_once), images[np.asarray(row)])
+        drawn.append(np.asarray(x)[np.asarray((ink > 0.05) & (ink < 0.5))])
+    x = np.concatenate(drawn)
+    y = np.repeat(np.arange(len(x)), x.shape[1])
+    return jax.device_put(tasks.class_data(x.reshape(-1, *x.shape[2:]), y))
+
+
+class MetaJob(NamedTuple):
+    """Meta-training, checked and ready to run: the outer loop, the pieces it runs in and the steps of each."""
+
+    outer: OuterLoop
+    pieces: int
+    each: int
+
+
+def make_meta_job(config: Any, setting: Any) -> MetaJob:
+    """The outer loop of this config; raises `UsageError` for options that do not go together."""
+    images = len(setting.shape) == 3
+    rotations = images and not setting.by_shapes
+    parts = (setting.train_source.y, setting.validation_source.y)
+    classes = config.shape_classes // 2 if setting.by_shapes else min(len(np.unique(y)) for y in parts)
+    available = classes * (4 if rotations else 1)
+    ways = config.ways or min(20, available)
+    if ways > available:
+        raise UsageError(f"--ways {ways} wanted, {config.source!r} has {available} classes"
+                         f"{' with rotations' if rotations else ''}; give --ways {available} or less")  # fmt: skip
+    steps = config.meta_steps or (2000 if images and min(setting.shape[:2]) < 16 else 15000)
+    pieces = max(1, min(20, steps // 50))
+    each = -(-steps // pieces)
+    learner = learners.maml(
+        make_model(ways, setting.shape, config), inner=optax.sgd(config.inner_rate), steps=config.inner_steps,
+        first_order=config.first_order, head="prototypes", temperature=config.temperature, unroll=True,
+    )  # fmt: skip
+    sampler = tasks.growing(
+        ways=ways, labels=max(config.meta_labels, ways), smallest=ways, queries=config.meta_queries, rotations=rotations
+    )
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.meta_rate, each * pieces))
+    return MetaJob(outer_loop(learner, sampler, optimizer=optimizer, tasks=config.meta_tasks, chunk=1), pieces, each)
+
+
+def meta_data(config: Any, setting: Any, key: jax.Array) -> tuple[tasks.ClassData, tasks.ClassData]:
+    """What tasks are drawn from, for training and for validation."""
+    if not setting.by_shapes:
+        parts = (setting.train_source, setting.validation_source)
+        train, held_out = (jax.device_put(tasks.class_data(part.x, part.y)) for part in parts)
+        return train, held_out
+    keys = jax.random.split(key)
+    train = draw_shapes(keys[0], setting.train_source.x, config.shape_classes, "drawing shapes")
+    return train, draw_shapes(keys[1], setting.validation_source.x, 500, "drawing shapes for validation")
+
+
+def meta_train(config: Any, setting: Any, meta_job: MetaJob, folder: RunFolder, key: jax.Array):
+    """Meta-parameters, trained in pieces that are checkpointed one by one."""
+    outer, pieces, each = meta_job
+    data_key, init_key, run_key, validation_key = jax.random.split(key, 4)
+    like = jnp.zeros((1, *setting.shape), setting.train_source.x.dtype)
+    state = jax.jit(outer.init)(init_key, like)
+    saved = [folder.path / "checkpoints" / f"piece_{piece:02d}" for piece in range(pieces)]
+    last = max((i for i in range(pieces) if folder.done(f"meta-{i:02d}") and saved[i].is_dir()), default=-1)
+    if last >= 0:
+        state = jax.device_put(checkpoint.restore(saved[last], state))
+    if last < pieces - 1:
+        train, held_out = meta_data(config, setting, data_key)
+    run = jax.jit(functools.partial(outer.run, steps=each))
+    judge = jax.jit(functools.partial(outer.evaluate, tasks=50))
+    for piece in tqdm(range(pieces), desc="meta-training"):
+
+        def compute(piece: int = piece) -> list[dict]:
+            nonlocal state
+            state, trained = run(run_key, state, train)
+            judged = judge(validation_key, state.meta, held_out)
+            checkpoint.save(saved[piece], state)
+            values = {f"train_{k}": round_to(v.mean()) for k, v in trained.items()}
+            values |= {f"validation_{k}": round_to(v.mean()) for k, v in judged.items()}
+            return [{"series": "meta", "at": (piece + 1) * each, **values}]
+
+        for record in folder.step(f"meta-{piece:02d}", compute, again=piece > last):
+            for metric in sorted(set(record) - {"series", "at"}):
+                folder.board(f"meta/{metric}", record[metric], record["at"])
+    checkpoint.save(folder.path / "meta_parameters", state.meta)
+    return state.meta
