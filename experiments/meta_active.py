@@ -170,6 +170,10 @@ class Setting:
             raise UsageError(f"a budget of {config.budget} labels is larger than the pool of {self.pool} rows; "
                              f"give --budget {self.pool} or less")  # fmt: skip
         put = jax.device_put
+        missing = np.setdiff1d(labels, target_test.y)
+        if len(missing):
+            raise UsageError(f"the test rows of {config.target!r} lack class {missing[0]}; give --target a set with "
+                             "test rows of every class")  # fmt: skip
         self.problem_data = put(
             tasks.ProblemData(
                 *(tasks.class_data(part.x, part.y, classes=labels) for part in (target_train, target_test))

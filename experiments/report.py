@@ -152,6 +152,7 @@ def picture(study: Study, path: Path, title: str) -> None:
     axes[0][-1].legend(frameon=False, loc="lower right")
     figure.suptitle(title)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 

@@ -128,6 +128,8 @@ class RunFolder:
                 )
             if not resume:
                 raise UsageError(f"{self.path} already holds this run; go on with --resume or give another --out")
+        elif self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file; give another --out")
         elif self.path.exists() and any(self.path.iterdir()):
             raise UsageError(f"{self.path} is not empty and holds no run; give another --out")
         (self.path / "steps").mkdir(parents=True, exist_ok=True)

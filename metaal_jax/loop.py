@@ -270,8 +270,3 @@ def grow(state: ActiveState, capacity: int) -> ActiveState:
     labelled = pad_batch(state.labelled, capacity)
     index = jnp.pad(state.labelled_index, (0, capacity - room), constant_values=-1)
     return state._replace(labelled=labelled, labelled_index=index)
-
-
-def rounds(capacity: int, k: int, *, initial: int = 0) -> int:
-    """Rounds of `k` answers that fill a buffer of `capacity` rows from `initial` labelled ones."""
-    return -(-(capacity - initial) // k)

@@ -10,6 +10,13 @@ import jax
 import pytest
 
 
+def pytest_configure(config):
+    """Under `pytest -n`, tests of one `xdist_group` share a worker, and so what is costly to set up."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadgroup"
+    config.addinivalue_line("markers", "xdist_group(name): tests that run on the same worker")
+
+
 @pytest.fixture
 def key():
     """A typed key; a test splits it as often as it needs."""

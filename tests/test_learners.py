@@ -24,6 +24,7 @@ LEARNERS = {  # learner, shape of a row
     "maml, first order": (learners.maml(MLP, inner=SGD, steps=2, first_order=True), (4,)),
     "maml, remat": (learners.maml(MLP, inner=SGD, steps=2, remat=True), (4,)),
     "maml, no steps": (learners.maml(MLP, inner=SGD, steps=0, head="prototypes"), (4,)),
+    "maml, Adam": (learners.maml(MLP, inner=optax.adam(0.05, eps_root=1e-8), steps=2, head="prototypes"), (4,)),
     "maml, batch norm": (learners.maml(CONV, inner=SGD, steps=1), (4, 4, 1)),
     "fine_tune": (learners.fine_tune(MLP, optimizer=ADAMW, steps=3), (4,)),
     "committee, bootstrap": (learners.committee(LINEAR, members=3), (4,)),
@@ -90,6 +91,14 @@ BROKEN = {  # what is wrong: (the learner, what the check says)
     "gradient of another structure": (
         GOOD._replace(meta_grad=lambda key, meta, task, *, step: ([meta], {"loss": 0.0, "accuracy": 0.0})),
         "structure of meta",
+    ),
+    "no gradient on any task": (
+        GOOD._replace(meta_grad=lambda *arguments, step: (jnp.full((4, 3), jnp.nan), {"loss": 0.0, "accuracy": 0.0})),
+        "not finite on a labelled task",
+    ),
+    "no gradient without labels": (
+        learners.maml(MLP, inner=optax.adam(0.05), steps=1),  # the root of a second moment of 0
+        "not finite on a task without labels",
     ),
     "no accuracy": (GOOD._replace(meta_grad=lambda key, meta, task, *, step: (meta, {"loss": 0.0})), "metrics need"),
 }
@@ -209,6 +218,7 @@ def variants():
     return {name: ravel_pytree(grads)[0] for name, grads in run(meta, task).items()}
 
 
+@pytest.mark.xdist_group("variants")
 @pytest.mark.parametrize(
     ("a", "b"),
     [("remat", "maml"), ("unroll", "maml"), ("first order", "definition"), ("no labels", "pre-training")],
@@ -217,6 +227,7 @@ def test_gradients_that_must_agree(variants, a, b):
     np.testing.assert_allclose(variants[a], variants[b], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.xdist_group("variants")
 def test_first_order_differs_where_the_hessian_is_not_zero(variants):
     assert np.abs(variants["first order"] - variants["maml"]).max() > 1e-2
 
@@ -247,6 +258,72 @@ def test_without_labels_the_predictor_is_metas_own(key, head):
     jax.tree.map(np.testing.assert_array_equal, adapt(key, meta, empty_batch(batch.x, 7), start=start), start)
     changed = adapt(key, meta, batch)
     assert all((a != b).any() for a, b in zip(jax.tree.leaves(changed), jax.tree.leaves(meta), strict=True))
+
+
+ROWS_WITH_PADDING = Batch(
+    x=np.random.default_rng(8).normal(size=(9, 4)).astype(np.float32),
+    y=np.asarray([0, 0, 0, 1, 1, 0, 1, 2, 2], np.int32),
+    weight=np.asarray([1, 1, 2, 1, 0.5, 1, 1, 0, 0], np.float32),  # class 2 has padding only
+)
+
+
+def plain_mlp(params, x):
+    """The embedding of `MLP` in NumPy or JAX."""
+    layer = params["params"]["Dense_0"]
+    return (x @ layer["kernel"] + layer["bias"]).clip(0)
+
+
+def test_prototypes_without_steps_are_nearest_class_means(key):
+    batch, rows = ROWS_WITH_PADDING, np.asarray(jax.random.normal(key, (20, 4)))
+    learner = learners.maml(MLP, inner=SGD, steps=0, head="prototypes", temperature=0.5)
+    meta = jax.tree.map(lambda leaf: leaf + 0.3, jax.jit(learner.init)(key, batch.x))  # a shared mean to take away
+    got = np.asarray(jax.jit(learner.predict)(jax.jit(learner.adapt)(key, meta, batch), rows).logits[0])
+    plain = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), meta)
+    known, asked = plain_mlp(plain, batch.x.astype(np.float64)), plain_mlp(plain, rows.astype(np.float64))
+    means = [np.average(known[batch.y == c], axis=0, weights=batch.weight[batch.y == c]) for c in range(2)]
+    wanted = np.stack([-0.25 * ((asked - mean) ** 2).sum(-1) for mean in means], axis=-1)
+    np.testing.assert_allclose(got[:, 0] - got[:, 1], wanted[:, 0] - wanted[:, 1], atol=1e-4)
+    np.testing.assert_array_equal(got.argmax(-1), wanted.argmax(-1))
+    assert len(set(got.argmax(-1))) == 2  # and never the class without a label
+
+
+def test_prototypes_take_their_steps_on_the_centred_embedding(key):
+    """The loop by hand: embeddings less the weighted mean at the start, the head from the class means, plain SGD."""
+    batch, rows, rate = ROWS_WITH_PADDING, np.asarray(jax.random.normal(key, (6, 4))), 0.3
+    learner = learners.maml(MLP, inner=optax.sgd(rate), steps=3, head="prototypes", temperature=0.5)
+
+    @jax.jit
+    def both(meta):
+        z = plain_mlp(meta, batch.x)
+        centre = batch.weight @ z / batch.weight.sum()
+        member = jax.nn.one_hot(batch.y, 3) * batch.weight[:, None]
+        means = member.T @ (z - centre) / jnp.maximum(member.sum(0), 1e-9)[:, None]
+        absent = member.sum(0) == 0
+        head = {
+            "kernel": 0.5 * means.T,
+            "bias": jnp.where(absent, learners.gradient.ABSENT, -0.25 * (means**2).sum(-1)),
+        }
+        params = {"params": {**meta["params"], "head": head}}
+
+        def logits(params, x):
+            head = params["params"]["head"]
+            return (plain_mlp(params, x) - centre) @ head["kernel"] + head["bias"]
+
+        def loss(params):
+            each = optax.softmax_cross_entropy_with_integer_labels(logits(params, batch.x), batch.y)
+            return (batch.weight * each).sum() / batch.weight.sum()
+
+        for _ in range(3):
+            params = jax.tree.map(lambda p, g: p - rate * g, params, jax.grad(loss)(params))
+        adapted = learner.adapt(key, meta, batch)
+        return logits(params, rows), learner.predict(adapted, rows).logits[0], adapted["params"], params["params"]
+
+    meta = jax.tree.map(lambda leaf: leaf + 0.3, jax.jit(learner.init)(key, batch.x))
+    wanted, got, adapted, by_hand = both(meta)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-3)  # a logit of -1000 is among them
+    np.testing.assert_allclose(got[:, :2], wanted[:, :2], atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), adapted["Dense_0"], by_hand["Dense_0"])
+    assert np.abs(adapted["Dense_0"]["kernel"] - meta["params"]["Dense_0"]["kernel"]).max() > 1e-2
 
 
 def test_start_goes_on_from_earlier_parameters(key):
