@@ -114,7 +114,7 @@ class Config:
     """Their weight decay."""
     logistic_steps: int = 100
     """Steps of logistic regression on pixels (AdamW)."""
-    logistic_rate: float = 1e-2
+    logistic_rate: float = 3e-2
     """Their learning rate."""
     logistic_decay: float = 0.1
     """Their weight decay."""

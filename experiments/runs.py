@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -163,7 +164,7 @@ class RunFolder:
         file = self.path / "times.jsonl"
         if not file.exists():
             return 0.0
-        return sum(json.loads(line)["seconds"] for line in file.read_text().splitlines() if line.endswith("}"))
+        return sum(float(value) for value in re.findall(r'"seconds": ([\d.]+)}', file.read_text()))
 
     def board(self, tag: str, value: float, at: int) -> None:
         """One point of a TensorBoard curve; a resumed run draws all of them again."""

@@ -25,7 +25,7 @@ class CheckpointError(ValueError):
 def save(path: str | os.PathLike[str], tree: PyTree) -> None:
     """Saves a pytree of arrays to the folder `path`, replacing what is there once the new one is whole.
 
-    Typed keys are not arrays: save what they were made from.
+    Typed keys of the default generator are saved too, so that a whole `ActiveState` can be.
 
     Raises:
       CheckpointError: where it cannot be written, say because the disk is full; what was there before is kept.
@@ -34,7 +34,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
 
     target = Path(path).absolute()
     fresh = target.with_name(target.name + ".new")
-    arrays = jax.tree.map(np.asarray, tree)
+    arrays = jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf), tree)
     needed = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)) + 2**18
     try:
         for left_over in target.parent.glob(glob.escape(fresh.name) + "*"):  # of a killed run
@@ -65,7 +65,7 @@ def restore(path: str | os.PathLike[str], like: PyTree) -> Any:
       like: a pytree of the same structure, shapes and dtypes; only these are read, `jax.eval_shape` gives one.
 
     Returns:
-      The saved tree with NumPy leaves in the structure of `like`.
+      The saved tree in the structure of `like`, with NumPy leaves and typed keys.
 
     Raises:
       CheckpointError: for a missing, truncated or otherwise damaged checkpoint, or one of another structure.
@@ -75,17 +75,23 @@ def restore(path: str | os.PathLike[str], like: PyTree) -> Any:
     folder = Path(path).absolute()
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint at {folder}; give the folder that a run wrote, or train again")
-    _check(folder, like)
-    shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), like)
+    stored = jax.tree.map(lambda leaf: jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf, like)
+    _check(folder, stored)
+    shapes = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), stored)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder, shapes)
+            tree = checkpointer.restore(folder, shapes)
+        return jax.tree.map(lambda leaf, want: jax.random.wrap_key_data(leaf) if _is_key(want) else leaf, tree, like)
     # Orbax and the storage below it raise a different type for every kind of damage.
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint {folder} is damaged or of another model ({_one_line(error)}); delete it to compute it "
             "again, or give another folder"
         ) from error
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(getattr(leaf, "dtype", np.dtype(np.float32)), jax.dtypes.prng_key)
 
 
 def _check(folder: Path, like: PyTree) -> None:

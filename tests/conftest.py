@@ -9,12 +9,21 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import pytest
 
+# Files whose tests share what is costly to set up.
+TOGETHER = ("test_exemplars.py", "test_experiments.py", "test_outer.py")
 
-def pytest_configure(config):
-    """Under `pytest -n`, tests of one `xdist_group` share a worker, and so what is costly to set up."""
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
-    config.addinivalue_line("markers", "xdist_group(name): tests that run on the same worker")
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under `pytest -n`, the files of `TOGETHER` stay on one worker each; all other tests go where there is room."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return Scheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 @pytest.fixture

@@ -22,6 +22,15 @@ def make_tree(scale=1):
     }
 
 
+def test_typed_keys_come_back(tmp_path):
+    tree = {"keys": jax.random.split(jax.random.key(3), 4), "x": jnp.ones(2)}
+    checkpoint.save(tmp_path / "keys", tree)
+    for shape in (tree, like(tree)):
+        back = checkpoint.restore(tmp_path / "keys", shape)
+        assert back["keys"].dtype == tree["keys"].dtype
+        assert (jax.random.key_data(back["keys"]) == jax.random.key_data(tree["keys"])).all()
+
+
 def like(tree):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 

@@ -8,8 +8,6 @@ from scipy import ndimage
 
 from metaal_jax import exemplars
 
-pytestmark = pytest.mark.xdist_group("exemplars")
-
 
 def pictures(count=6, size=32, channels=3):
     """Smooth random colour pictures, uint8."""

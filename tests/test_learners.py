@@ -218,7 +218,6 @@ def variants():
     return {name: ravel_pytree(grads)[0] for name, grads in run(meta, task).items()}
 
 
-@pytest.mark.xdist_group("variants")
 @pytest.mark.parametrize(
     ("a", "b"),
     [("remat", "maml"), ("unroll", "maml"), ("first order", "definition"), ("no labels", "pre-training")],
@@ -227,7 +226,6 @@ def test_gradients_that_must_agree(variants, a, b):
     np.testing.assert_allclose(variants[a], variants[b], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.xdist_group("variants")
 def test_first_order_differs_where_the_hessian_is_not_zero(variants):
     assert np.abs(variants["first order"] - variants["maml"]).max() > 1e-2
 

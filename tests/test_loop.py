@@ -290,7 +290,6 @@ def noisy():
     return problem, *go(jax.random.split(jax.random.key(9), 60), *rates, problem)
 
 
-@pytest.mark.xdist_group("oracle")
 def test_the_simulated_oracle_errs_as_often_as_told(noisy):
     problem, state, trace, _ = noisy
     truth = problem.y[trace.index]
@@ -306,7 +305,6 @@ def test_the_simulated_oracle_errs_as_often_as_told(noisy):
     np.testing.assert_array_equal(state.labelled.y[:3].reshape(3, 60, 2, 6), trace.y[:3])  # errors reach the learner
 
 
-@pytest.mark.xdist_group("oracle")
 def test_a_silent_oracle_labels_nothing(noisy):
     _, state, trace, _ = noisy
     assert (trace.weight[3] == 0).all()
