@@ -61,10 +61,10 @@ class Config:
     members: int = 4
     """Committee members."""
 
-    tasks: Literal["auto", "classes", "shapes"] = "auto"
+    tasks: Literal["auto", "classes", "shapes", "both"] = "auto"
     """Tasks of the source. classes: its classes, and their rotations as further classes. shapes: level sets of
-    distorted crops of single images, without labels. auto: shapes for natural images (32 pixels, colour), else
-    classes."""
+    distorted crops of single images, without labels. both: half of the tasks each. auto: shapes for natural images (32
+    pixels, colour), both for omniglot, else classes."""
     shape_classes: int = 16000
     """Classes drawn for shapes."""
     ways: int | None = None
@@ -182,14 +182,28 @@ class Setting:
         test = self.problem_data.test
         self.full_test = Batch(x=test.x, y=test.y, weight=jnp.ones(test.y.shape[0]))
         self.train_source, self.validation_source = source_train, source_test
-        self.by_shapes = config.tasks == "shapes" or (config.tasks == "auto" and self.looks_natural(config))
+        self.kinds = self.task_kinds(config)
 
-    def looks_natural(self, config: Config) -> bool:
-        """Whether the source is stored as colour images of at least 32 pixels (Omniglot's are drawings)."""
-        if config.source in ("digits", "omniglot") or len(self.shape) == 1 or config.source == config.target:
-            return False
-        stored = data.load(config.source, "test", data_dir=config.data_dir).x.shape[1:]
-        return len(stored) == 3 and stored[2] == 3 and min(stored[:2]) >= 32
+    def task_kinds(self, config: Config) -> tuple[str, ...]:
+        """The kinds of tasks that `--tasks` asks for, `classes` and `shapes`."""
+        if config.tasks != "auto":
+            kinds = ("classes", "shapes") if config.tasks == "both" else (config.tasks,)
+        elif config.source == config.target or not self.can_hold_shapes():
+            kinds = ("classes",)
+        elif config.source.startswith("omniglot"):
+            kinds = ("classes", "shapes")
+        else:
+            stored = data.load(config.source, "test", data_dir=config.data_dir).x.shape[1:]
+            natural = len(stored) == 3 and stored[2] == 3 and min(stored[:2]) >= 32
+            kinds = ("shapes",) if natural else ("classes",)
+        if "shapes" in kinds and not self.can_hold_shapes():
+            raise UsageError(f"shape tasks are square grey images, rows here have shape {self.shape}; give --tasks "
+                             "classes")  # fmt: skip
+        return kinds
+
+    def can_hold_shapes(self) -> bool:
+        """Whether rows are square grey images."""
+        return len(self.shape) == 3 and self.shape[0] == self.shape[1] and self.shape[2] == 1
 
 
 def _image_shape(name: str) -> tuple[int, int, int] | None:

@@ -41,10 +41,10 @@ class MetaJob(NamedTuple):
 def make_meta_job(config: Any, setting: Any) -> MetaJob:
     """The outer loop of this config; raises `UsageError` for options that do not go together."""
     images = len(setting.shape) == 3
-    rotations = images and not setting.by_shapes
+    rotations = images and "classes" in setting.kinds
     parts = (setting.train_source.y, setting.validation_source.y)
-    classes = config.shape_classes // 2 if setting.by_shapes else min(len(np.unique(y)) for y in parts)
-    available = classes * (4 if rotations else 1)
+    own = min(len(np.unique(y)) for y in parts) * (4 if rotations else 1)
+    available = min(own if kind == "classes" else config.shape_classes // 2 for kind in setting.kinds)
     ways = config.ways or min(20, available)
     if ways > available:
         raise UsageError(f"--ways {ways} wanted, {config.source!r} has {available} classes"
@@ -56,22 +56,32 @@ def make_meta_job(config: Any, setting: Any) -> MetaJob:
         make_model(ways, setting.shape, config), inner=optax.sgd(config.inner_rate), steps=config.inner_steps,
         first_order=config.first_order, head="prototypes", temperature=config.temperature, unroll=True,
     )  # fmt: skip
-    sampler = tasks.growing(
-        ways=ways, labels=max(config.meta_labels, ways), smallest=ways, queries=config.meta_queries, rotations=rotations
-    )
+    labels, queries = max(config.meta_labels, ways), config.meta_queries
+    samplers = [
+        tasks.growing(
+            ways=ways, labels=labels, smallest=ways, queries=queries, rotations=rotations and kind == "classes"
+        )
+        for kind in setting.kinds
+    ]
+    sampler = tasks.mixture(samplers, [1.0] * len(samplers))
     optimizer = optax.adam(optax.cosine_decay_schedule(config.meta_rate, each * pieces))
     return MetaJob(outer_loop(learner, sampler, optimizer=optimizer, tasks=config.meta_tasks, chunk=1), pieces, each)
 
 
-def meta_data(config: Any, setting: Any, key: jax.Array) -> tuple[tasks.ClassData, tasks.ClassData]:
-    """What tasks are drawn from, for training and for validation."""
-    if not setting.by_shapes:
-        parts = (setting.train_source, setting.validation_source)
-        train, held_out = (jax.device_put(tasks.class_data(part.x, part.y)) for part in parts)
-        return train, held_out
+def meta_data(config: Any, setting: Any, key: jax.Array) -> tuple[tuple, tuple]:
+    """What each kind of task is drawn from, for training and for validation."""
     keys = jax.random.split(key)
-    train = draw_shapes(keys[0], setting.train_source.x, config.shape_classes, "drawing shapes")
-    return train, draw_shapes(keys[1], setting.validation_source.x, 500, "drawing shapes for validation")
+    found = []
+    for part, part_key, classes in (
+        (setting.train_source, keys[0], config.shape_classes),
+        (setting.validation_source, keys[1], 500),
+    ):
+        by_kind = {
+            "classes": lambda part=part: jax.device_put(tasks.class_data(part.x, part.y)),
+            "shapes": lambda part=part, key=part_key, n=classes: draw_shapes(key, part.x, n, "drawing shapes"),
+        }
+        found.append(tuple(by_kind[kind]() for kind in setting.kinds))
+    return found[0], found[1]
 
 
 def meta_train(config: Any, setting: Any, meta_job: MetaJob, folder: RunFolder, key: jax.Array):

@@ -2,8 +2,8 @@
 
 Only training rows are used: labels from a pool of 5,000 and accuracy on 2,000 other rows, fresh ones for each seed, so
 the test split stays unseen. Claim: a strided Conv4 without norm layers, AdamW at 1e-3 with weight decay 3, is as good
-as the best logistic regression on pixels, and within a point of the sweep's best everywhere; group norm costs it several
-points.
+as the best logistic regression on pixels, and within a point of the sweep's best everywhere; group norm costs it
+several points.
 
     python experiments/tune_scratch.py --out experiments/results/tune_scratch/mnist.json
 

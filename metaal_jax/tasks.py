@@ -181,6 +181,8 @@ def mixture(samplers: list[Callable], weights: list[float]) -> Callable[[Array, 
     log_weights = np.log(np.asarray(weights, np.float32))
 
     def sample(key: Array, data: tuple) -> Task:
+        if len(samplers) == 1:
+            return samplers[0](key, data[0])
         which_key, task_key = jax.random.split(key)
         which = jax.random.categorical(which_key, log_weights)
         branches = [lambda key, i=i: samplers[i](key, data[i]) for i in range(len(samplers))]
