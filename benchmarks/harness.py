@@ -86,15 +86,30 @@ def torch_device() -> str:
     return "cuda" if jax.default_backend() == "gpu" and torch.cuda.is_available() else "cpu"
 
 
+def fastest_threads(function: Callable[[], Any]) -> int:
+    """Sets PyTorch's number of threads, one or all cores, to what runs `function` faster; gives that number."""
+    import torch
+
+    taken: dict[int, float] = {}
+    for threads in sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(threads)
+        taken[threads] = float(compare({"": called(function)}, repeats=3)[""].seconds.min())
+    best = min(taken, key=taken.__getitem__)
+    torch.set_num_threads(best)
+    print("PyTorch, " + ", ".join(f"{threads} thread(s): {v:.2f} s" for threads, v in taken.items()))
+    return best
+
+
 def measure(function: Callable, *args: Any, repeats: int, work: int = 1) -> Times:
     """Compile time and steady times of `jit(function)(*args)`, apart."""
     return compare({"": compiled(function, *args, work=work)}, repeats=repeats)[""]
 
 
-def compare(candidates: dict[str, Candidate], *, repeats: int) -> dict[str, Times]:
-    """Times of several candidates, run in turn after one warm-up call each."""
-    for candidate in candidates.values():
-        candidate.call()
+def compare(candidates: dict[str, Candidate], *, repeats: int, warm: bool = False) -> dict[str, Times]:
+    """Times of several candidates, run in turn, after a warm-up call each unless they are warm already."""
+    if not warm:
+        for candidate in candidates.values():
+            candidate.call()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(repeats):
         for name, candidate in candidates.items():
@@ -119,27 +134,27 @@ def ratio(slow: Times, fast: Times) -> Quartiles:
     return quartiles((slow.seconds / slow.work) / (fast.seconds / fast.work))
 
 
-def peak_bytes(call: Callable[[], Any]) -> int | None:
-    """Memory that one call needs on top of what is held before it, or None where that cannot be told.
+def peak_bytes(call: Callable[[], Any]) -> tuple[Any, int | None]:
+    """What a call returns, and the memory it needs on top of what is held before it (None where that cannot be told).
 
     From the device's own statistics where it has any (they never go down, so only a new peak tells something); on a
     CPU from the resident set, whose peak Linux lets a process reset.
     """
     statistics = jax.local_devices()[0].memory_stats()
     if statistics:
-        call()
+        result = call()
         after = jax.local_devices()[0].memory_stats()
         risen = after["peak_bytes_in_use"] > statistics["peak_bytes_in_use"]
-        return int(after["peak_bytes_in_use"] - statistics["bytes_in_use"]) if risen else None
+        return result, int(after["peak_bytes_in_use"] - statistics["bytes_in_use"]) if risen else None
     try:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
-        call()
-        return max(_status("VmHWM") - before, 0)
     except (OSError, AttributeError):
-        return None
+        return call(), None
+    result = call()
+    return result, max(_status("VmHWM") - before, 0)
 
 
 def _status(field: str) -> int:

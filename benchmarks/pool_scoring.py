@@ -16,7 +16,6 @@ candidates, must agree before anything is timed.
 Expected: see benchmarks/results/<device>/pool_scoring.json.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from jax import Array
 import harness
 import metaal_jax as ml
 from harness import Candidate
-from metaal_jax.base import Learner, PyTree
+from metaal_jax.base import Learner, Prediction, PyTree
 
 MEMBERS, CLASSES, KEY = 4, 10, 0
 
@@ -41,15 +40,15 @@ class Config:
     """What is timed, and how often."""
 
     rows: int = 50_000
-    """Rows of the pool."""
-    few: int = 5_000
-    """Rows for the candidates that are slow or would not fit: the committee whole, XLA's convolution in loops."""
-    fewest: int = 500
-    """Rows for XLA's convolution under `vmap` over the committee's weights."""
-    chunks: tuple[int, ...] = (1000, 5000)
-    """Chunk sizes."""
-    repeats: int = 5
-    """Times that every candidate is run, in turn."""
+    """Rows of the pool, for one model."""
+    committee_rows: int = 10_000
+    """Rows for the committee."""
+    few: int = 2_000
+    """Rows for what would not fit the memory otherwise: the committee whole, and the whole pool in a scan."""
+    chunks: tuple[int, ...] = (1000, 250, 5000)
+    """Chunk sizes for one model; the first is also that of the committee."""
+    repeats: int = 3
+    """Times that every candidate is run, in turn, after a first run that is checked."""
     quick: bool = False
     """A smoke test: few rows and repeats; nothing is written unless `out` says where."""
     out: str | None = None
@@ -57,13 +56,26 @@ class Config:
 
 
 def make_learner(implementation: Any) -> Learner:
-    return ml.learners.fine_tune(ml.models.Conv4(CLASSES, implementation=implementation), optimizer=optax.sgd(0.1), steps=0)
+    model = ml.models.Conv4(CLASSES, implementation=implementation)
+    return ml.learners.fine_tune(model, optimizer=optax.sgd(0.1), steps=0)
 
 
-def make_score(rule: str, implementation: str, chunk: int | None) -> Callable[[PyTree, Array], Array]:
+def members_in_turn(learner: Learner) -> Callable[[PyTree, Array], Prediction]:
+    """A committee's `predict` by `lax.map` over the members instead of `vmap`."""
+
+    def predict(params: PyTree, x: Array, /) -> Prediction:
+        each = jax.lax.map(lambda weights: learner.predict(weights, x), params)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), each)
+
+    return predict
+
+
+def make_score(rule: str, implementation: str, chunk: int | None, in_turn: bool) -> Callable[[PyTree, Array], Array]:
     """`(weights, rows) -> scores`; for bald the weights have a leading axis of members."""
     learner = make_learner(implementation)
-    if rule == "bald":
+    if rule == "bald" and in_turn:
+        learner = learner._replace(predict=members_in_turn(learner))
+    elif rule == "bald":
         learner = ml.learners.committee(learner, members=MEMBERS, source="initialisation")
     scorer = getattr(ml.acquisition, rule)
 
@@ -91,26 +103,33 @@ def jax_candidates(config: Config, committee: PyTree, x: Array) -> dict[str, Can
     single = jax.tree.map(lambda leaf: leaf[0], committee)
     found: dict[str, Candidate] = {}
 
-    def add(rule: str, implementation: str, chunk: int | None, rows: int, scanned: bool = False) -> None:
-        score = make_score(rule, implementation, chunk)
+    def add(
+        rule: str, implementation: str, chunk: int | None, rows: int, *, scanned: bool = False, in_turn: bool = False
+    ) -> None:
+        score = make_score(rule, implementation, chunk, in_turn)
         weights = committee if rule == "bald" else single
-        name = f"{rule}, {implementation}, {'whole' if chunk is None else chunk}" + (", in scan" if scanned else "")
-        if scanned:
-            found[name] = harness.compiled(in_scan(score), weights, x[:rows], work=2 * rows)
-        else:
-            found[name] = harness.compiled(score, weights, x[:rows], work=rows)
+        name = f"{rule}, {implementation}, {chunk or ('whole' if rows == config.rows else f'whole {rows}')}"
+        name += ", members in turn" * in_turn + ", in scan" * scanned
+        function, work = (in_scan(score), 2 * rows) if scanned else (score, rows)
+        found[name] = harness.compiled(function, weights, x[:rows], work=work)
 
-    for chunk in (None, *config.chunks):
+    first = config.chunks[0]
+    add("entropy", "patches", None, config.rows)
+    add("entropy", "patches", first, config.rows)
+    add("entropy", "lax", first, config.rows)
+    add("bald", "patches", first, config.committee_rows)
+    if config.quick:
+        return found
+    for chunk in config.chunks[1:]:
         add("entropy", "patches", chunk, config.rows)
-    add("entropy", "patches", None, config.few, scanned=True)
+        add("entropy", "lax", chunk, config.rows)
     add("entropy", "lax", None, config.rows)
-    add("entropy", "lax", config.chunks[0], config.few)
-    add("entropy", "lax", None, config.few, scanned=True)
-    add("bald", "patches", None, config.few)
-    add("bald", "patches", config.chunks[0], config.rows)
-    add("bald", "patches", None, config.few, scanned=True)
-    add("bald", "lax", None, config.fewest)
-    add("bald", "lax", None, config.fewest, scanned=True)
+    for implementation in ("patches", "lax"):
+        add("entropy", implementation, None, config.few)
+        add("entropy", implementation, None, config.few, scanned=True)
+        add("bald", implementation, None, config.few)
+        add("bald", implementation, None, config.few, scanned=True)
+        add("bald", implementation, first, config.committee_rows, in_turn=True)
     if jax.local_device_count() > 1:
         scorer = ml.parallel.pool_scorer(make_learner("patches"), ml.acquisition.entropy, chunk=config.chunks[0])
         row, key = jnp.arange(config.rows), jax.random.key(KEY)
@@ -157,13 +176,12 @@ def torch_network(weights: PyTree) -> Any:
                 x = nn.functional.relu_(norm(conv(x)))
             return self.head(x.permute(0, 2, 3, 1).flatten(1))
 
-    return Conv4().eval().to(harness.torch_device(), memory_format=torch.channels_last)
+    return Conv4().eval().requires_grad_(False).to(harness.torch_device(), memory_format=torch.channels_last)
 
 
 def torch_candidates(config: Config, committee: PyTree, x: np.ndarray) -> dict[str, Candidate]:
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)
     device = harness.torch_device()
     networks = [torch_network(jax.tree.map(lambda leaf, i=i: leaf[i], committee)) for i in range(MEMBERS)]
     pool = torch.tensor(x, device=device)
@@ -179,7 +197,7 @@ def torch_candidates(config: Config, committee: PyTree, x: np.ndarray) -> dict[s
     def bald(chunk: int) -> np.ndarray:
         scores = []
         with torch.inference_mode():
-            for rows in pool.split(chunk):
+            for rows in pool[: config.committee_rows].split(chunk):
                 log_probs = torch.stack([network(rows).log_softmax(-1) for network in networks])
                 mean = log_probs.logsumexp(0) - np.log(MEMBERS)
                 scores.append(entropy_of(mean) - entropy_of(log_probs).mean(0))
@@ -190,15 +208,18 @@ def torch_candidates(config: Config, committee: PyTree, x: np.ndarray) -> dict[s
     single = jax.tree.map(lambda leaf: leaf[0], committee)
     ours = np.asarray(jax.jit(make_learner("patches").predict)(single, jnp.asarray(x[:100])).logits[0])
     np.testing.assert_allclose(theirs, ours, atol=1e-4, err_msg="PyTorch's logits differ")
+    few = pool[: config.few]
+    harness.fastest_threads(lambda: entropy_of(networks[0](few).log_softmax(-1)))
     found = {f"entropy, torch, {chunk}": harness.called(entropy, chunk, work=config.rows) for chunk in config.chunks}
-    found[f"bald, torch, {config.chunks[0]}"] = harness.called(bald, config.chunks[0], work=config.rows)
+    rows = min(config.committee_rows, config.rows)
+    found[f"bald, torch, {config.chunks[0]}"] = harness.called(bald, config.chunks[0], work=rows)
     return found
 
 
 def main() -> None:
     config = harness.options(Config, __doc__)
     if config.quick:
-        config = Config(600, 200, 100, (200,), 2, quick=True, out=config.out)
+        config = Config(400, 200, 100, (100,), 2, quick=True, out=config.out)
     harness.start()
     begin = time.perf_counter()
     images = np.random.default_rng(0).integers(0, 256, (config.rows, 28, 28, 1), dtype=np.uint8)
@@ -212,30 +233,31 @@ def main() -> None:
         if error.name != "torch":
             raise
         print(harness.NO_TORCH)
-    few = {}
+    few: dict[str, np.ndarray] = {}
+    peaks: dict[str, int | None] = {}
     for name, candidate in candidates.items():
         rule = name.partition(",")[0]
-        scores = np.asarray(candidate.call())
+        result, peaks[name] = harness.peak_bytes(candidate.call)
+        scores = np.asarray(result)
         few.setdefault(rule, scores)
         rows = min(len(scores), len(few[rule]))
         np.testing.assert_allclose(scores[:rows], few[rule][:rows], atol=1e-4, err_msg=f"{name} differs")
     print(f"scores of all {len(candidates)} candidates agree to 1e-4 with the first of their rule")
-    times = harness.compare(candidates, repeats=config.repeats)
-    first, last = config.chunks[0], config.chunks[-1]
-    pairs = [
-        ("entropy, patches, whole", f"entropy, patches, {first}"),
-        ("entropy, patches, whole", f"entropy, patches, {last}"),
-        ("entropy, patches, whole", "entropy, patches, whole, in scan"),
-        ("entropy, lax, whole", "entropy, patches, whole"),
-        ("entropy, lax, whole, in scan", "entropy, patches, whole, in scan"),
-        ("bald, lax, whole", "bald, patches, whole"),
-        ("bald, lax, whole, in scan", "bald, patches, whole, in scan"),
-        (f"entropy, patches, {first}", f"entropy, patches, {first}, all devices"),
-        (f"entropy, torch, {first}", f"entropy, patches, {first}"),
-        (f"entropy, torch, {first}", f"entropy, patches, {first}, all devices"),
-        (f"bald, torch, {first}", f"bald, patches, {first}"),
-    ]
-    peaks = {name: harness.peak_bytes(candidate.call) for name, candidate in candidates.items()}
+    times = harness.compare(candidates, repeats=config.repeats, warm=True)
+    first = config.chunks[0]
+    kinds, few = ("patches", "lax"), f"whole {config.few}"
+    pairs = []
+    for kind in kinds:
+        pairs += [(f"entropy, {kind}, whole", f"entropy, {kind}, {chunk}") for chunk in config.chunks]
+        pairs += [(f"{rule}, {kind}, {few}", f"{rule}, {kind}, {few}, in scan") for rule in ("entropy", "bald")]
+        pairs += [(f"bald, {kind}, {first}", f"bald, {kind}, {first}, members in turn")]
+        pairs += [(f"entropy, torch, {chunk}", f"entropy, {kind}, {chunk}") for chunk in config.chunks]
+        pairs += [(f"bald, torch, {first}", f"bald, {kind}, {first}{how}") for how in ("", ", members in turn")]
+    for rule in ("entropy", "bald"):
+        for size in ("whole", few, f"{few}, in scan", *config.chunks, f"{first}, members in turn"):
+            pairs += [(f"{rule}, lax, {size}", f"{rule}, patches, {size}")]
+    for other in ("patches", "torch"):
+        pairs += [(f"entropy, {other}, {first}", f"entropy, patches, {first}, all devices")]
     harness.finish("pool_scoring", config, begin, harness.rows("rows", times, pairs, peaks))
 
 

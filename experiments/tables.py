@@ -47,17 +47,17 @@ def main_job(path: Path) -> str:
 
 
 def benchmark(path: Path) -> str:
-    """The ratios of one benchmark."""
+    """Speeds and ratios of one benchmark: medians and quartiles."""
     result = json.loads(path.read_text())
-    lines = [
-        [r.get("name", r.get("learner", "")), r["metric"], f"{r['mean']:.4g}", f"{r['low']:.4g} to {r['high']:.4g}"]
-        for r in result["rows"]
-        if r["metric"] in ("ratio", "seconds", "experiments_per_second", "rows_per_second")
-    ]
+    lines = []
+    for row in result["rows"]:
+        against = f"{row['name']} : {row['compared_with']}" if row["metric"] == "ratio" else row["name"]
+        if row["metric"] == "ratio" or row["metric"].endswith("_per_second"):
+            lines.append([against, row["metric"].replace("_", " "), f"{row['mean']:.4g}",
+                          f"{row['low']:.4g} to {row['high']:.4g}"])  # fmt: skip
     caption = f"`{result['command']}` ({result['device']})"
-    return f"{caption}\n\n" + tabulate(
-        lines, ["what", "metric", "median", "quartiles"], tablefmt="github", disable_numparse=True
-    )
+    header = ["what", "figure", "median", "quartiles"]
+    return f"{caption}\n\n" + tabulate(lines, header, tablefmt="github", disable_numparse=True)
 
 
 def tables() -> dict[str, str]:
@@ -65,6 +65,8 @@ def tables() -> dict[str, str]:
     found = {}
     for path in sorted((ROOT / "experiments/results/meta_active").glob("*.json")):
         found[str(path.relative_to(ROOT))] = main_job(path)
+    for path in sorted((ROOT / "benchmarks/results").glob("*/*.json")):
+        found[str(path.relative_to(ROOT))] = benchmark(path)
     return found
 
 
