@@ -1,17 +1,18 @@
 """Scoring a pool of 50,000 images with a Conv4: whole or in chunks, in and outside a scan, beside PyTorch.
 
-Claim: chunks bound the memory of scoring without slowing it, and convolutions by patches keep their speed inside a
-`lax.scan` and under `vmap` over a committee's weights, where XLA's own convolution on a CPU is many times slower; one
-model scores about as many rows a second as PyTorch with channels-last images.
+Claim: chunks that fit the cache score faster than the whole pool at once and in a small part of its memory. Which
+convolution is the faster one depends on where it stands: XLA's own for the forward pass of one model, patches under
+`vmap` over a committee's weights, where XLA's becomes a grouped convolution.
 
     python benchmarks/pool_scoring.py            # a few minutes on two cores
     python benchmarks/pool_scoring.py --quick    # a smoke test
 
 Rows are random 28x28x1 uint8 images, the network the strided Conv4 with 32 filters and group norm. `entropy` is that of
 one model, `bald` that of a committee of four, vmapped over the weights. `in scan` scores twice in a `lax.scan`, as a
-run's rounds do (scoring in chunks is such a loop already). `lax` is XLA's convolution; where it is slow it is timed on
-fewer rows, and ratios are taken by the row. PyTorch gets the same weights; its logits and scores, and the scores of all
-candidates, must agree before anything is timed.
+run's rounds do (scoring in chunks is such a loop already); `members in turn` maps over the members instead of vmapping
+them. `patches` and `lax` are the implementations of `Conv4`. What would not fit the memory is timed on fewer rows, and
+ratios are taken by the row. PyTorch (channels last) gets the same weights, and one thread or all cores, whichever is
+faster; its logits, and the scores of all candidates, must agree before anything is timed.
 
 Expected: see benchmarks/results/<device>/pool_scoring.json.
 """
