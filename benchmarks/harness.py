@@ -56,11 +56,16 @@ class Quartiles(NamedTuple):
     high: float
 
 
+def cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start(*, cores_as_devices: bool = True) -> None:
     """Call first: no compilation cache, so that compile times are true; every core a device, to be used at will."""
     jax.config.update("jax_enable_compilation_cache", False)
     if cores_as_devices:
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+        jax.config.update("jax_num_cpu_devices", cores())
     if jax.default_backend() != "cpu":
         # Float32 products of full precision, as on a CPU and as PyTorch's default: the answers are compared.
         jax.config.update("jax_default_matmul_precision", "highest")
@@ -91,7 +96,7 @@ def fastest_threads(function: Callable[[], Any]) -> int:
     import torch
 
     taken: dict[int, float] = {}
-    for threads in sorted({1, os.cpu_count() or 1}):
+    for threads in sorted({1, cores()}):
         torch.set_num_threads(threads)
         taken[threads] = float(compare({"": called(function)}, repeats=3)[""].seconds.min())
     best = min(taken, key=taken.__getitem__)
@@ -138,7 +143,8 @@ def peak_bytes(call: Callable[[], Any]) -> tuple[Any, int | None]:
     """What a call returns, and the memory it needs on top of what is held before it (None where that cannot be told).
 
     From the device's own statistics where it has any (they never go down, so only a new peak tells something); on a
-    CPU from the resident set, whose peak Linux lets a process reset.
+    CPU from the resident set, whose peak Linux lets a process reset. Memory that an allocator still holds from earlier
+    calls is not seen, so figures below some tens of megabytes are lower bounds.
     """
     statistics = jax.local_devices()[0].memory_stats()
     if statistics:
@@ -205,14 +211,14 @@ def environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             continue
     device = jax.devices()[0]
-    kind = f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else f"{device.device_kind} x {jax.device_count()}"
+    kind = f"{cores()}-core CPU" if device.platform == "cpu" else f"{device.device_kind} x {jax.device_count()}"
     return {"device": kind, "versions": versions}
 
 
 def result_path(name: str) -> Path:
     """`benchmarks/results/<device>/<name>.json`, the device being like `cpu-2`."""
     device = jax.devices()[0]
-    kind = f"cpu-{os.cpu_count()}" if device.platform == "cpu" else f"{device.device_kind}-{jax.device_count()}"
+    kind = f"cpu-{cores()}" if device.platform == "cpu" else f"{device.device_kind}-{jax.device_count()}"
     return Path(__file__).parent / "results" / re.sub(r"[^a-z0-9.]+", "-", kind.lower()) / f"{name}.json"
 
 

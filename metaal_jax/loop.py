@@ -188,7 +188,7 @@ def active_learner(
             spent=jnp.zeros(()),
             round=jnp.zeros((), jnp.int32),
             oracle=oracle_key,
-            params=learner.adapt(adapt_key, meta, nothing, unlabelled=problem.x),
+            params=learner.adapt(adapt_key, meta, empty_batch(problem.x, 1), unlabelled=problem.x),
             policy_state=(),
         )
         if given:

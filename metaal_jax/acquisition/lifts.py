@@ -53,10 +53,12 @@ def select_top(key: Array, scores: Array, available: Array, row: Array, k: int) 
     scores = jnp.nan_to_num(scores, nan=-jnp.inf)
     scores = jnp.where(available, scores, -jnp.inf)
     # The k-th best score is a threshold: what lies above is in, noise decides among those on it.
-    threshold = lax.top_k(scores, k)[0][-1]
+    threshold = lax.top_k(scores, k)[0].min()
     noise = row_noise(key, row)
     rank = jnp.where(scores > threshold, jnp.int32(2**30), noise)
-    rank = jnp.where((scores >= threshold) & available, rank, -1)
+    # XLA's fast top-k on a CPU is for float32; read as floats, positive integers keep their order.
+    rank = lax.bitcast_convert_type(rank + jnp.int32(2**23), jnp.float32)
+    rank = jnp.where((scores >= threshold) & available, rank, -1.0)
     _, index = lax.top_k(rank, k)
     order = jnp.lexsort((-noise[index], -scores[index]))
     index = index[order]

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from metaal_jax.acquisition.lifts import per_row, row_noise
 from metaal_jax.base import PoolView
@@ -28,8 +28,9 @@ def _least_confident(logits: Array) -> Array:
 
 
 def _margin(logits: Array) -> Array:
-    best = lax.top_k(consensus(logits), 2)[0]
-    return jnp.exp(best[1]) - jnp.exp(best[0])
+    log_probs = consensus(logits)
+    first = jnp.arange(log_probs.shape[-1]) == log_probs.argmax()
+    return jnp.exp(jnp.where(first, -jnp.inf, log_probs).max()) - jnp.exp(log_probs.max())
 
 
 def _entropy(logits: Array) -> Array:
