@@ -18,8 +18,9 @@ all cores, whichever is faster. Both adapt on the labelled rows alone, the compi
 rows in `one vmap`, of 20, 40, ... 100 rows in `groups`, where the rounds run in segments of growing capacity and the
 seeds in groups that fit the cache. `groups, all devices` spreads them over the cores, each forced to be a device.
 
-Expected, on two cores: 194 experiments a second in groups on both, 103 in groups, 89 by one vmap, 93 by batched PyTorch,
-11 by the PyTorch loop; 17 times the loop and 2.1 times batched PyTorch. All: benchmarks/results/cpu-2/loop.json.
+Expected, on two cores: 194 experiments a second in groups on both, 103 in groups, 89 by one vmap, 93 by batched
+PyTorch, 11 by the PyTorch loop; 17 times the loop and 2.1 times batched PyTorch. All:
+benchmarks/results/cpu-2/loop.json.
 """
 
 import time
