@@ -1,11 +1,11 @@
 """Scoring a pool of 50,000 images with a Conv4: whole or in chunks, in and outside a scan, beside PyTorch.
 
-Claim: chunks that fit the cache score several times as fast as the whole pool at once, in a small part of its memory,
-and about as fast as PyTorch in the same chunks. XLA's own convolution is the faster one for forward passes, in a scan
-too; under `vmap` over a committee's weights it becomes a grouped convolution and patches are faster, but the committee
-is scored fastest with XLA's convolution and its members in turn.
+Claim: chunks that fit the cache score several times as fast as the whole pool at once, in a small part of its memory.
+For one model PyTorch's best (chunks of 250) is faster than ours, 1.4 times; a committee is scored somewhat faster here.
+XLA's convolution and patches are about equally fast in chunks, except under `vmap` over a committee's weights, where
+XLA's becomes a grouped convolution and patches are twice as fast.
 
-    python benchmarks/pool_scoring.py            # 4 minutes on one core
+    python benchmarks/pool_scoring.py            # 3 minutes on two cores
     python benchmarks/pool_scoring.py --quick    # a smoke test
 
 Rows are random 28x28x1 uint8 images, the network the strided Conv4 with 32 filters and group norm. `entropy` is that of
@@ -15,10 +15,9 @@ them. `patches` and `lax` are the implementations of `Conv4`. What would not fit
 ratios are taken by the row. PyTorch (channels last) gets the same weights, and one thread or all cores, whichever is
 faster; its logits, and the scores of all candidates, must agree before anything is timed.
 
-Expected, on one core (`taskset -c 0`), rows a second of one model: PyTorch 48,000 in chunks of 250 and 17,000 of 1000;
-XLA's convolution 45,000, 26,000 and 11,000 whole; patches 37,000, 18,000 and 7,000. Of the committee in chunks of 1000:
-PyTorch 4,200, patches 4,500, XLA's convolution with members in turn 6,700. All figures:
-benchmarks/results/cpu-1/pool_scoring.json.
+Expected, on two cores, rows a second of one model in chunks of 250, of 1000, and whole: patches 54,000, 34,000, 7,000;
+XLA's convolution 60,000, 38,000, 9,000; PyTorch 78,000, 28,000. Of the committee in chunks of 1000: patches 8,800,
+either with members in turn 8,900, PyTorch 7,000. All figures: benchmarks/results/cpu-2/pool_scoring.json.
 """
 
 import time
