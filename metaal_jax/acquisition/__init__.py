@@ -6,7 +6,7 @@ the lifts leave those out.
 
 from metaal_jax.acquisition.disagreement import bald, consensus_entropy, mean_kl, vote_entropy
 from metaal_jax.acquisition.diversity import typical
-from metaal_jax.acquisition.lifts import one_of, per_row, row_noise, select_top, top_k
+from metaal_jax.acquisition.lifts import one_of, per_row, pick_in_turn, row_noise, select_top, top_k
 from metaal_jax.acquisition.pool import predict_pool, score_pool
 from metaal_jax.acquisition.uncertainty import entropy, least_confident, margin, random
 
@@ -19,6 +19,7 @@ __all__ = [
     "mean_kl",
     "one_of",
     "per_row",
+    "pick_in_turn",
     "predict_pool",
     "random",
     "row_noise",

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array, lax
 
-from metaal_jax.acquisition.lifts import fixed_rule, row_noise, select_top
+from metaal_jax.acquisition.lifts import fixed_rule, pick_in_turn, select_top
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
 
 
@@ -61,10 +61,6 @@ def typical(*, k: int, neighbours: int = 20, anchors: int = 1000) -> Policy:
 
     def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
         embedding, typicality = policy_state
-        n = embedding.shape[0]
-        if k > n:
-            raise ValueError(f"cannot choose {k} rows of a pool of {n}; ask for 1 to {n}")
-        noise = row_noise(key, view.row)
 
         def cover(novelty: Array, position: Array) -> Array:
             distance = ((embedding - embedding[position]) ** 2).sum(-1)
@@ -74,15 +70,6 @@ def typical(*, k: int, neighbours: int = 20, anchors: int = 1000) -> Policy:
         covered = squared_distances(embedding, embedding[view.labelled_index])
         covered = jnp.where(view.labelled_index >= 0, jnp.sqrt(covered), 2.0)
         novelty = jnp.minimum(covered.min(-1, initial=2.0), 2.0)
-        scores = typicality * novelty
-
-        def pick(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-            novelty, available = carry
-            score = jnp.where(available, typicality * novelty, -1.0)
-            best = jnp.where(score == score.max(), noise, -1).argmax().astype(jnp.int32)
-            return (cover(novelty, best), available.at[best].set(False)), (best, available[best])
-
-        _, (index, valid) = lax.scan(pick, (novelty, view.available), length=k)
-        return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=scores)
+        return pick_in_turn(key, view, k, novelty, lambda novelty: typicality * novelty, cover)
 
     return fixed_rule(act, begin)

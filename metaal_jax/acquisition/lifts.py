@@ -31,6 +31,12 @@ def row_noise(key: Array, row: Array) -> Array:
     return (bits >> 2).astype(jnp.int32)
 
 
+def check_count(k: int, n: int) -> None:
+    """Raises `ValueError` unless `k` rows can be chosen of a pool of `n`."""
+    if not 1 <= k <= n:
+        raise ValueError(f"cannot choose {k} rows of a pool of {n}; ask for 1 to {n}")
+
+
 def select_top(key: Array, scores: Array, available: Array, row: Array, k: int) -> tuple[Array, Array]:
     """The `k` best available rows, ties broken by the key and never by position.
 
@@ -47,9 +53,7 @@ def select_top(key: Array, scores: Array, available: Array, row: Array, k: int) 
     Raises:
       ValueError: for `k` outside `1..n`.
     """
-    n = scores.shape[0]
-    if not 1 <= k <= n:
-        raise ValueError(f"cannot choose {k} rows of a pool of {n}; ask for 1 to {n}")
+    check_count(k, scores.shape[0])
     scores = jnp.nan_to_num(scores, nan=-jnp.inf)
     scores = jnp.where(available, scores, -jnp.inf)
     # The k-th best score is a threshold: what lies above is in, noise decides among those on it.
@@ -63,6 +67,43 @@ def select_top(key: Array, scores: Array, available: Array, row: Array, k: int) 
     order = jnp.lexsort((-noise[index], -scores[index]))
     index = index[order]
     return index.astype(jnp.int32), available[index]
+
+
+def pick_in_turn(
+    key: Array,
+    view: PoolView,
+    k: int,
+    carry: PyTree,
+    score: Callable[[PyTree], Array],
+    update: Callable[[PyTree, Array], PyTree],
+) -> Decision:
+    """Chooses `k` rows greedily, one after the other: the loop of all joint rules.
+
+    Args:
+      key: consumed by the tie break.
+      view: the pool.
+      k: how many, static, at most `n`.
+      carry: what the rule knows of the rows that are covered so far, such as distances to the nearest of them.
+      score: `(carry) -> [n]`, higher = sooner; NaN counts as the lowest score.
+      update: `(carry, position int32 []) -> carry` after a row was chosen.
+
+    Returns:
+      The `Decision`, in the order of choice, with the scores before the first choice.
+
+    Raises:
+      ValueError: for `k` outside `1..n`.
+    """
+    check_count(k, view.row.shape[0])
+    noise = row_noise(key, view.row)
+
+    def pick(state: tuple[PyTree, Array], _: None) -> tuple[tuple[PyTree, Array], tuple[Array, Array]]:
+        carry, available = state
+        scores = jnp.where(available, jnp.nan_to_num(score(carry), nan=-jnp.inf), -jnp.inf)
+        best = jnp.where(available & (scores == scores.max()), noise, -1).argmax().astype(jnp.int32)
+        return (update(carry, best), available.at[best].set(False)), (best, available[best])
+
+    _, (index, valid) = lax.scan(pick, (carry, view.available), length=k)
+    return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=score(carry))
 
 
 def fixed_rule(act: Callable[[PyTree, Array, PoolView], Decision], begin: Callable | None = None) -> Policy:
