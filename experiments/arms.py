@@ -14,19 +14,13 @@ from metaal_jax.acquisition import predict_pool
 from metaal_jax.base import Batch, Learner, Policy, Problem, PyTree
 from metaal_jax.loop import active_learner, evaluate, grow
 from metaal_jax.metrics import Score
+from registry import Need, find, make_policy
 
 LEARNERS = {
     "scratch": "the network trained from a random initialisation on the labels bought so far",
     "maml": "the same network adapted from its meta-learned initialisation",
     "frozen": "the meta-learned body kept as it is, a linear layer trained on its standardised embedding",
     "logistic": "logistic regression on the pixels",
-}
-STRATEGIES = {
-    "random": "rows at random",
-    "entropy": "largest predictive entropy",
-    "margin": "smallest margin between the two most probable classes",
-    "committee": "largest disagreement (BALD) of a committee, which also predicts, as an ensemble",
-    "typical": "typical rows far from the labelled ones",
 }
 
 
@@ -88,11 +82,16 @@ def make_arms(
     # Only training from scratch takes so many steps that a smaller buffer pays for compiling the round twice.
     half = -(-budget // 2 // k) * k
     segments = (half, budget) if learner == "scratch" and budget > 50 and half < budget else (budget,)
+    own_model, training = _supervised(learner, classes, shape, config)
+    need = Need(k=k, classes=classes, learner=single, loss_learner=learners.loss_predictor(own_model, **training))
+    # Strategies of one cost share a program; one that costs much more than the others would hold them up.
+    groups = {}
+    for name in strategies:
+        strategy = find(name)
+        groups.setdefault((strategy.committee, name if strategy.costly else ""), []).append(name)
     arms = []
-    for members in (1, config.members):
-        mine = tuple(name for name in strategies if (name == "committee") == (members > 1))
-        if not mine:
-            continue
+    for (asks_committee, _), mine in groups.items():
+        members = config.members if asks_committee else 1
         both = members > 1 and source == "both"
         many = single if members == 1 else learners.committee(single, members=members, source=source)
         arms.append(
@@ -102,9 +101,9 @@ def make_arms(
                 learner=many,
                 begin=many_starts(start, members) if both else start,
                 prepare=prepare,
-                strategies=mine,
+                strategies=tuple(mine),
                 first=acquisition.one_of([_first_rule(name, config) for name in mine]),
-                policy=acquisition.one_of([_rule(name, k) for name in mine]),
+                policy=acquisition.one_of([make_policy(name, need) for name in mine]),
                 segments=segments,
             )
         )
@@ -121,20 +120,21 @@ def many_starts(start: Callable, members: int) -> Callable[[Array, PyTree, PyTre
     return begin
 
 
-def _rule(strategy: str, k: int) -> Policy:
-    pointwise = {
-        "random": acquisition.random,
-        "entropy": acquisition.entropy,
-        "margin": acquisition.margin,
-        "committee": acquisition.bald,
-    }
-    return acquisition.typical(k=k) if strategy == "typical" else acquisition.top_k(pointwise[strategy], k=k)
-
-
 def _first_rule(strategy: str, config: Any) -> Policy:
-    if config.initial == "strategy":
-        return _rule("random" if strategy == "random" else "typical", config.batch_size)
-    return _rule(config.initial, config.batch_size)
+    kind = config.initial
+    if kind == "strategy":
+        kind = "random" if strategy == "random" else "typical"
+    k = config.batch_size
+    return acquisition.typical(k=k) if kind == "typical" else acquisition.top_k(acquisition.random, k=k)
+
+
+def _supervised(learner: str, classes: int, shape: tuple[int, ...], config: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that a learner trains without meta-learning, and the options of its training."""
+    kind = learner if learner in ("logistic", "frozen") else "scratch"
+    linear = models.MLP(classes, hidden=(), zero_head=True)
+    model = make_model(classes, shape, config) if kind == "scratch" else linear
+    rate, decay, steps = (getattr(config, f"{kind}_{name}") for name in ("rate", "decay", "steps"))
+    return model, {"optimizer": optax.adamw(rate, weight_decay=decay), "steps": steps}
 
 
 def _learner(learner: str, classes: int, shape: tuple[int, ...], config: Any):
@@ -147,17 +147,10 @@ def _learner(learner: str, classes: int, shape: tuple[int, ...], config: Any):
     def fresh(key: Array, meta: PyTree, x: PyTree) -> PyTree:
         return base.init(key, x)
 
-    def linear(rate: float, decay: float, steps: int) -> Learner:
-        optimizer = optax.adamw(rate, weight_decay=decay)
-        return learners.fine_tune(models.MLP(classes, hidden=(), zero_head=True), optimizer=optimizer, steps=steps)
-
-    if learner == "scratch":
-        optimizer = optax.adamw(config.scratch_rate, weight_decay=config.scratch_decay)
-        base = learners.fine_tune(model, optimizer=optimizer, steps=config.scratch_steps)
-        return base, fresh, keep, "both"
-    if learner == "logistic":
-        base = linear(config.logistic_rate, config.logistic_decay, config.logistic_steps)
-        return base, fresh, keep, "bootstrap"
+    if learner in ("scratch", "logistic"):
+        own_model, training = _supervised(learner, classes, shape, config)
+        base = learners.fine_tune(own_model, **training)
+        return base, fresh, keep, "both" if learner == "scratch" else "bootstrap"
     if learner == "maml":
         inner = optax.partition(
             {"head": optax.adam(config.adapt_rate), "body": optax.adam(config.adapt_body_rate)},
@@ -170,7 +163,8 @@ def _learner(learner: str, classes: int, shape: tuple[int, ...], config: Any):
     if learner != "frozen":
         raise ValueError(f"unknown learner {learner!r}; choose from {list(LEARNERS)}")
     body = learners.maml(model, inner=optax.identity(), steps=0)
-    base = linear(config.frozen_rate, config.frozen_decay, config.frozen_steps)
+    own_model, training = _supervised(learner, classes, shape, config)
+    base = learners.fine_tune(own_model, **training)
 
     def embedded(meta: PyTree, problem: Problem, test: Batch) -> tuple[Problem, Batch]:
         meta = without_head(model, meta, problem.x)
@@ -204,11 +198,13 @@ def make_run(arm: Arm, sampler: Callable, config: Any) -> Callable[..., Curves]:
         problem_key, start_key, first_key, loop_key = jax.random.split(key, 4)
         problem, test = arm.prepare(meta, sampler(problem_key, data), test)
         start = arm.start(start_key, meta, problem.x)
-        rules = (number, ((),) * len(arm.strategies))
+        first_rules = (number, ((),) * len(arm.strategies))
+        rules = (number, tuple(find(name).params(problem) for name in arm.strategies))
         # Adapted to no label, a learner is its own start: the first batch needs no inner loop.
         cold = arm.single._replace(adapt=lambda key, meta, batch, **_: meta)
         opening = active_learner(cold, arm.first, capacity=k, chunk=chunk)
-        decision, _ = opening.ask(first_key, start, rules, opening.init(first_key, start, rules, problem), problem)
+        unlabelled = opening.init(first_key, start, first_rules, problem)
+        decision, _ = opening.ask(first_key, start, first_rules, unlabelled, problem)
         problem = problem._replace(initial=jnp.where(decision.valid, decision.index, -1))
         meta = arm.begin(start_key, meta, problem.x)
         active = active_learner(arm.learner, arm.policy, capacity=arm.segments[0], chunk=chunk)

@@ -15,7 +15,7 @@ import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,11 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from arms import LEARNERS, STRATEGIES, Arm, Curves, make_arms, make_run
+from arms import LEARNERS, Arm, Curves, make_arms, make_run
 from meta_training import make_meta_job, meta_train
 from metaal_jax import data, tasks
 from metaal_jax.base import Batch
+from registry import ALIASES, STRATEGIES, find, listing
 from report import Study, comparisons, picture, result_rows, table, write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
 
@@ -41,8 +42,9 @@ class Config:
     """Data set for active learning. If it is the source, its classes are split: first half source, rest target."""
     learners: str = "scratch,maml,frozen,logistic"
     """Comma-separated, of: scratch, maml, frozen, logistic."""
-    strategies: str = "random,entropy,margin,committee,typical"
-    """Comma-separated, of: random, entropy, margin, committee, typical."""
+    strategies: Annotated[str, tyro.conf.arg(help=f"Comma-separated, of: {listing()}.")] = (
+        "random,entropy,margin,committee,typical"
+    )
     budget: int = 100
     """Labels bought in all, the first batch included."""
     batch_size: int = 10
@@ -133,6 +135,7 @@ class Config:
     """Also write the results to this JSON file."""
 
 
+HELD_OUT = 300
 FREE = frozenset({"out", "resume", "data_dir", "save_results"})
 
 
@@ -163,9 +166,13 @@ class Setting:
         self.classes = len(labels)
         self.pool = config.pool if config.pool is not None else min(5000, int(0.6 * len(target_train.y)))
         self.test = min(config.test, len(target_test.y))
-        if not 1 <= self.pool <= len(target_train.y):
-            raise UsageError(f"a pool of {self.pool} rows wanted, {config.target!r} has {len(target_train.y)} training "
-                             f"rows; give --pool 1 to {len(target_train.y)}")  # fmt: skip
+        # Rows beside the pool, for strategies that choose by them; all arms then draw their pools in the same way.
+        self.held_out = HELD_OUT if any(find(name).held_out for name in strategy_names(config)) else 0
+        most = len(target_train.y) - self.held_out
+        if not 1 <= self.pool <= most:
+            beside = f" beside the {self.held_out} held out" if self.held_out else ""
+            raise UsageError(f"a pool of {self.pool} rows wanted, {config.target!r} has {most} training rows{beside}; "
+                             f"give --pool 1 to {most}")  # fmt: skip
         if config.budget > self.pool:
             raise UsageError(f"a budget of {config.budget} labels is larger than the pool of {self.pool} rows; "
                              f"give --budget {self.pool} or less")  # fmt: skip
@@ -230,7 +237,12 @@ def check(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise UsageError(f"--seeds {config.seeds} must be a multiple of --seeds-at-once {config.seeds_at_once}")
     if config.members < 2:
         raise UsageError(f"--members {config.members} must be at least 2")
-    return names(config.learners, LEARNERS, "learner"), names(config.strategies, STRATEGIES, "strategy")
+    return names(config.learners, LEARNERS, "learner"), strategy_names(config)
+
+
+def strategy_names(config: Config) -> tuple[str, ...]:
+    """The names in `--strategies`, checked."""
+    return names(config.strategies, [*STRATEGIES, *ALIASES], "strategy")
 
 
 def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, meta, arms: list[tuple[str, Arm]]):
@@ -238,7 +250,7 @@ def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, 
 
     A program serves all strategies that share a learner. The next programs are compiled while one runs.
     """
-    sampler = tasks.problems(pool=setting.pool, test=setting.test)
+    sampler = tasks.problems(pool=setting.pool, test=setting.test, validation=setting.held_out)
     keys = jax.random.split(key, config.seeds)
     labels = list(range(config.batch_size, config.budget + 1, config.batch_size))
     parts = range(0, config.seeds, config.seeds_at_once)
@@ -300,13 +312,13 @@ def _records(result: Curves, name: str, first: int, labels: list[int], classes: 
 
 def job(config: Config) -> None:
     """The whole run."""
-    learner_names, strategy_names = check(config)
+    learner_names, chosen = check(config)
     setting = Setting(config)
     out = config.out or f"runs/{Path(config.source).stem}-{Path(config.target).stem}"
     make = functools.partial(make_arms, classes=setting.classes, shape=setting.shape, config=config)
     with arguments():
         meta_job = make_meta_job(config, setting) if {"maml", "frozen"} & set(learner_names) else None
-        arms = [(learner, arm) for learner in learner_names for arm in make(learner, strategy_names)]
+        arms = [(learner, arm) for learner in learner_names for arm in make(learner, chosen)]
     folder = RunFolder(out, config, resume=config.resume, free=FREE)
     meta_key, active_key = jax.random.split(jax.random.key(config.seed))
     meta = meta_train(config, setting, meta_job, folder, meta_key) if meta_job else ()

@@ -1,6 +1,7 @@
-"""The README's tables, drawn from the committed result files.
+"""The tables of the READMEs, drawn from the committed result files.
 
-python experiments/tables.py
+`python experiments/tables.py` prints those of the project's README and writes `experiments/results/README.md` and
+`benchmarks/results/README.md`, which hold all others.
 """
 
 import json
@@ -60,16 +61,112 @@ def benchmark(path: Path) -> str:
     return f"{caption}\n\n" + tabulate(lines, header, tablefmt="github", disable_numparse=True)
 
 
+FOLLOWED = ("random", "margin", "entropy", "bald", "power_bald", "sampled_bald", "batch_bald", "badge", "typical",
+            "typiclust", "max_herding", "k_center", "oracle")  # fmt: skip
+
+
+def strategy_places() -> dict[tuple[str, str], dict]:
+    """The comparison of strategies: results by embedding and condition."""
+    found = {}
+    for path in sorted((ROOT / "experiments/results/strategies").glob("*-*.json")):
+        result = json.loads(path.read_text())
+        found[tuple(path.stem.split("-"))] = {
+            (r["strategy"], r["batch"], r["metric"], r["labels"]): r for r in result["rows"]
+        }
+    return found
+
+
+def strategy_areas(places: dict, batch: int, labels: int, names: tuple[str, ...]) -> str:
+    """Area up to a number of labels, each strategy in each condition on each embedding."""
+    lines = []
+    for name in names:
+        line = [name]
+        for rows in places.values():
+            row = rows.get((name, batch, "area", labels))
+            line.append(f"{100 * row['mean']:.1f} ± {50 * (row['high'] - row['low']):.1f}" if row else "")
+        if any(line[1:]):
+            lines.append(line)
+    return tabulate(lines, ["strategy", *[f"{e}, {c}" for e, c in places]], tablefmt="github", disable_numparse=True)
+
+
+def strategy_ranks(most: int | None = None) -> str:
+    """Mean ranks, best first by the rank on the meta-learned embedding at the larger number of labels."""
+    result = json.loads((ROOT / "experiments/results/strategies/summary.json").read_text())
+    ranks = {(r["strategy"], r["learner"], r["labels"]): r for r in result["rows"] if r["metric"] == "mean_rank"}
+    columns = sorted({(e, n) for _, e, n in ranks}, key=lambda c: (c[1], c[0]))
+    first = ("meta", max(n for _, n in columns)) if ("meta", max(n for _, n in columns)) in columns else columns[-1]
+    names = sorted({name for name, _, _ in ranks}, key=lambda n: ranks[n, *first]["mean"] if (n, *first) in ranks else
+                   1e3)  # fmt: skip
+    cell = lambda r: f"{r['mean']:.1f} ± {(r['high'] - r['low']) / 2:.1f}" if r else ""  # noqa: E731
+    lines = [[name, *[cell(ranks.get((name, *column))) for column in columns]] for name in names]
+    header = ["strategy", *[f"{e}, up to {n}" for e, n in columns]]
+    return tabulate(lines[:most], header, tablefmt="github", disable_numparse=True)
+
+
+def strategy_caption() -> str:
+    """The command behind the comparison of strategies."""
+    result = json.loads((ROOT / "experiments/results/strategies/summary.json").read_text())
+    seeds, minutes = result["config"]["seeds"], result["seconds"] / 60
+    return f"`{result['command']}` ({result['device']}, {minutes:.0f} minutes, {seeds} seeds)"
+
+
+def fully_adapted() -> str:
+    """The best strategies with full adaptation."""
+    result = json.loads((ROOT / "experiments/results/strategies/summary.json").read_text())
+    rows = {(r["strategy"], r["metric"], r["labels"]): r for r in result["rows"] if r["learner"] == "maml"}
+    shown = sorted({n for _, metric, n in rows if metric == "accuracy"})
+    most = max(n for _, metric, n in rows if metric == "area")
+    cell = lambda r: f"{100 * r['mean']:.1f} ± {50 * (r['high'] - r['low']):.1f}"  # noqa: E731
+    names = list(dict.fromkeys(name for name, _, _ in rows))
+    lines = [
+        [name, cell(rows[name, "area", most]), *[cell(rows[name, "accuracy", n]) for n in shown]] for name in names
+    ]
+    return tabulate(lines, ["strategy", "area", *map(str, shown)], tablefmt="github", disable_numparse=True)
+
+
 def tables() -> dict[str, str]:
-    """Every table, by the path of its file."""
+    """The tables of the project's README, by what they are drawn from."""
     found = {}
     for path in sorted((ROOT / "experiments/results/meta_active").glob("*.json")):
         found[str(path.relative_to(ROOT))] = main_job(path)
-    for path in sorted((ROOT / "benchmarks/results").glob("*/*.json")):
+    places = strategy_places()
+    if places:
+        found["strategies"] = strategy_caption() + "\n\n" + strategy_areas(places, 10, 100, FOLLOWED)
+        found["strategies, ranks"] = strategy_ranks(12)
+        found["strategies, adapted"] = fully_adapted()
+    for path in sorted((ROOT / "benchmarks/results").glob("*/loop.json")):
         found[str(path.relative_to(ROOT))] = benchmark(path)
+    return found
+
+
+def documents() -> dict[Path, str]:
+    """The generated documents beside the results."""
+    text = ["# Benchmarks\n\nMedians and quartiles, drawn by `python experiments/tables.py`. A ratio `a : b` is the "
+            "time of b divided by that of a.\n"]  # fmt: skip
+    for path in sorted((ROOT / "benchmarks/results").glob("*/*.json")):
+        text.append(f"## {path.stem}, {path.parent.name}\n\n{benchmark(path)}\n")
+    found = {ROOT / "benchmarks/results/README.md": "\n".join(text)}
+    places = strategy_places()
+    if places:
+        text = ["# Query strategies\n\nMean accuracy along the curve (area) in percent with 95 % intervals over seeds, "
+                f"and mean ranks by area. Drawn by `python experiments/tables.py`.\n\n{strategy_caption()}\n",
+                f"## Mean ranks\n\n{strategy_ranks()}\n"]  # fmt: skip
+        keys = {key[1:] for rows in places.values() for key in rows if key[2] == "area"}
+        for batch, _, labels in sorted(keys):
+            names = {
+                name: None for rows in places.values() for name, b, m, n in rows if (b, m, n) == (batch, "area", labels)
+            }
+            order = sorted(
+                names, key=lambda n: -sum(rows[n, batch, "area", labels]["mean"] for rows in places.values())
+            )
+            text.append(f"## Batches of {batch}, up to {labels} labels\n\n"
+                        f"{strategy_areas(places, batch, labels, tuple(order))}\n")  # fmt: skip
+        found[ROOT / "experiments/results/README.md"] = "\n".join(text)
     return found
 
 
 if __name__ == "__main__":
     for name, text in tables().items():
         print(f"{name}\n\n{text}\n")
+    for path, text in documents().items():
+        path.write_text(text)

@@ -1,6 +1,6 @@
 """Meta-active learning in JAX: learn from many tasks how to adapt to a new one, and which of its examples to label."""
 
-from metaal_jax import acquisition, data, exemplars, learners, loop, losses, metrics, models, parallel, tasks
+from metaal_jax import acquisition, data, exemplars, learners, loop, losses, metrics, models, parallel, stopping, tasks
 from metaal_jax.base import (
     ActiveLearner,
     Batch,
@@ -42,5 +42,6 @@ __all__ = [
     "models",
     "outer_loop",
     "parallel",
+    "stopping",
     "tasks",
 ]

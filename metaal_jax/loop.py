@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from metaal_jax import stopping
 from metaal_jax.acquisition.pool import predict_pool
 from metaal_jax.base import (
     ActiveLearner,
@@ -38,6 +39,7 @@ class ActiveState(NamedTuple):
       oracle: the key of the simulated oracle's errors.
       params: the adapted parameters.
       policy_state: the policy's memory.
+      stopping: the stopping rule's memory; `()` without a rule.
     """
 
     labelled: Batch
@@ -49,6 +51,7 @@ class ActiveState(NamedTuple):
     oracle: Array
     params: PyTree
     policy_state: PyTree
+    stopping: PyTree
 
 
 class Info(NamedTuple):
@@ -61,6 +64,8 @@ class Info(NamedTuple):
       log_prob: float32 `[]`, of the decision.
       count: int32 `[]`, labelled rows after the round; spent: float32 `[]`, their cost.
       test, validation: the adapted model's `Score` on the problem's rows.
+      signals: what stopping rules look at, see `metaal_jax.stopping`; `()` without a rule.
+      stopped: bool `[]`, whether the rule has stopped the run.
     """
 
     index: Array  # type: ignore[assignment]
@@ -72,6 +77,8 @@ class Info(NamedTuple):
     spent: Array
     test: Score
     validation: Score
+    signals: PyTree
+    stopped: Array
 
 
 def active_learner(
@@ -84,6 +91,7 @@ def active_learner(
     wrong: float | Array = 0.0,
     silent: float | Array = 0.0,
     chunk: int | None = None,
+    stop: stopping.StoppingRule | None = None,
 ) -> ActiveLearner:
     """Pool-based active learning of `learner` with the queries of `policy`.
 
@@ -112,16 +120,18 @@ def active_learner(
       policy: any `Policy`.
       capacity: rows of the labelled buffer, the initial set included, static. Adapting costs what it holds; `grow`
         enlarges it between segments of a long run.
-      budget: what all answers together may cost, in units of `Problem.cost`; rows that would exceed it are not asked.
+      budget: what all answers together may cost, in units of `Problem.cost`; rows that would exceed it are not asked,
+        cheaper ones further down the decision are.
         None for `capacity`, which unit costs cannot exceed. Sums are float32: prefer whole numbers.
       warm_start: adapt from the last round's parameters instead of from the meta-parameters.
       wrong: probability that the simulated oracle answers with another class, drawn evenly.
       silent: probability that it gives no answer; such a row costs nothing and is not asked again.
       chunk: pool and test rows predicted at a time, None for all at once.
+      stop: a rule of `metaal_jax.stopping`. Once it has stopped, nothing more is asked and the model stays as it is.
 
     Returns:
-      An `ActiveLearner`. What its `init` raises: `ValueError` for an initial set larger than `capacity`, or a
-      capacity larger than the pool.
+      An `ActiveLearner`. What its `init` raises: `ValueError` for an initial set larger than `capacity`, a capacity
+      larger than the pool, and, outside compiled programs, a budget below the cheapest label.
 
     Raises:
       ValueError: for `capacity < 1`, probabilities outside [0, 1] or a negative budget.
@@ -178,6 +188,9 @@ def active_learner(
             raise ValueError(f"capacity {capacity} is larger than the pool of {n} rows; ask for at most {n} labels")
         if given > capacity:
             raise ValueError(f"an initial set of {given} rows does not fit a capacity of {capacity}; raise capacity")
+        cheapest = jnp.where(problem.weight > 0, problem.cost, jnp.inf).min()
+        require(cheapest <= limit, f"active_learner: a budget of {limit} buys nothing, the cheapest label costs "
+                f"{cheapest}; raise the budget")  # fmt: skip
         adapt_key, again_key, begin_key, oracle_key = jax.random.split(key, 4)
         nothing = empty_batch(problem.x, capacity)
         state = ActiveState(
@@ -190,6 +203,7 @@ def active_learner(
             oracle=oracle_key,
             params=learner.adapt(adapt_key, meta, empty_batch(problem.x, 1), unlabelled=problem.x),
             policy_state=(),
+            stopping=() if stop is None else stopping.start(stop, n),
         )
         if given:
             if problem.y is None:
@@ -198,23 +212,47 @@ def active_learner(
             state = state._replace(params=refit(again_key, meta, state, problem))
         return state._replace(policy_state=policy.begin(policy_params, begin_key, view_of(meta, state, problem)))
 
+    def payable(state: ActiveState, problem: Problem, decision: Decision) -> Array:
+        """Which rows of a decision, best first, the budget and the buffer have room for, bool `[k]`."""
+
+        def buy(carry: tuple[Array, Array], row: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+            spent, count = carry
+            cost, valid = row
+            bought = valid & (spent + cost <= limit) & (count < state.labelled_index.shape[0])
+            return (jnp.where(bought, spent + cost, spent), count + bought), bought
+
+        return jax.lax.scan(buy, (state.spent, state.count), (problem.cost[decision.index], decision.valid))[1]
+
+    def look(
+        key: Array, meta: PyTree, policy_params: PyTree, state: ActiveState, problem: Problem
+    ) -> tuple[Decision, ActiveState, PyTree]:
+        """What `ask` does, with the signals for the trace."""
+        view = view_of(meta, state, problem)
+        decision, policy_state = policy.act(policy_params, state.policy_state, key, view)
+        decision = decision._replace(valid=payable(state, problem, decision))
+        state = state._replace(policy_state=policy_state)
+        if stop is None:
+            return decision, state, ()
+        memory, signals = stopping.advance(stop, state.stopping, view, decision)
+        decision = decision._replace(valid=decision.valid & ~memory.stopped)
+        return decision, state._replace(stopping=memory), signals
+
     def ask(
         key: Array, meta: PyTree, policy_params: PyTree, state: ActiveState, problem: Problem
     ) -> tuple[Decision, ActiveState]:
-        view = view_of(meta, state, problem)
-        decision, policy_state = policy.act(policy_params, state.policy_state, key, view)
-        cost = jnp.where(decision.valid, problem.cost[decision.index], 0.0)
-        affordable = state.spent + jnp.cumsum(cost) <= view.budget
-        room = state.count + jnp.cumsum(decision.valid) <= state.labelled_index.shape[0]
-        decision = decision._replace(valid=decision.valid & affordable & room)
-        return decision, state._replace(policy_state=policy_state)
+        decision, state, _ = look(key, meta, policy_params, state, problem)
+        return decision, state
 
     def tell(
         key: Array, meta: PyTree, state: ActiveState, problem: Problem, decision: Decision, y: Array, weight: Array
     ) -> ActiveState:
         index = jnp.where(decision.valid, decision.index, -1)
         state = record(state, problem, index, jnp.asarray(y, jnp.int32), decision.valid & (jnp.asarray(weight) > 0))
-        return state._replace(params=refit(key, meta, state, problem), round=state.round + 1)
+        params = refit(key, meta, state, problem)
+        if stop is not None:
+            stopped = state.stopping.stopped
+            params = jax.tree.map(lambda old, new: jnp.where(stopped, old, new), state.params, params)
+        return state._replace(params=params, round=state.round + 1)
 
     def answer(key: Array, truth: Array, decision: Decision, classes: int) -> tuple[Array, Array]:
         """The simulated oracle; its noise belongs to a run's rows, so all strategies meet the same errors."""
@@ -234,7 +272,7 @@ def active_learner(
         if problem.y is None:
             raise ValueError("step simulates the oracle and needs problem.y; without labels drive ask and tell")
         ask_key, tell_key = jax.random.split(key)
-        decision, state = ask(ask_key, meta, policy_params, state, problem)
+        decision, state, signals = look(ask_key, meta, policy_params, state, problem)
         classes = jax.eval_shape(learner.predict, state.params, problem.x).logits.shape[-1]
         y, weight = answer(state.oracle, problem.y, decision, classes)
         weight = weight * decision.valid
@@ -249,6 +287,8 @@ def active_learner(
             spent=state.spent,
             test=evaluate(learner, state.params, problem.test, chunk=chunk),
             validation=evaluate(learner, state.params, problem.validation, chunk=chunk),
+            signals=signals,
+            stopped=jnp.zeros((), bool) if stop is None else state.stopping.stopped,
         )
         return state, info
 

@@ -208,14 +208,25 @@ def problem(
     initial: Array | None = None,
     validation: Batch | None = None,
 ) -> Problem:
-    """A `Problem` from plain arrays: unit costs, a cold start and no validation rows unless given."""
+    """A `Problem` from plain arrays: unit costs, a cold start and no validation rows unless given.
+
+    Raises:
+      ValueError: for costs of another number than the rows, or that are negative or not finite.
+    """
     n = rows_of(x)
+    if cost is not None:
+        cost = jnp.asarray(cost, jnp.float32)
+        require(cost.shape == (n,), f"problem: {n} rows need as many costs, got shape {cost.shape}")
+        require(
+            (cost >= 0).all() & jnp.isfinite(cost).all(),
+            f"problem: costs must be finite and not negative, got {cost.min()} to {cost.max()}",
+        )
     test = Batch(x=test_x, y=jnp.asarray(test_y, jnp.int32), weight=jnp.ones(rows_of(test_x)))
     return Problem(
         x=x,
         y=None if y is None else jnp.asarray(y, jnp.int32),
         weight=jnp.ones(n),
-        cost=jnp.ones(n) if cost is None else jnp.asarray(cost, jnp.float32),
+        cost=jnp.ones(n) if cost is None else cost,
         test=test,
         validation=empty_batch(test_x, 1) if validation is None else validation,
         initial=jnp.zeros(0, jnp.int32) if initial is None else jnp.asarray(initial, jnp.int32),

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 # Files whose tests share what is costly to set up.
-TOGETHER = ("test_exemplars.py", "test_experiments.py", "test_outer.py")
+TOGETHER = ("test_exemplars.py", "test_experiments.py", "test_outer.py", "test_strategy_experiment.py")
 
 
 @pytest.hookimpl(optionalhook=True)

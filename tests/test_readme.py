@@ -42,6 +42,8 @@ def test_tables_are_those_of_the_results():
     assert found
     for name, text in found.items():
         assert text in README, f"the README's table of {name} is not the one that experiments/tables.py prints"
+    for path, text in tables.documents().items():
+        assert path.read_text() == text, f"{path} is not what experiments/tables.py writes"
 
 
 def test_pictures_exist():

@@ -4,28 +4,95 @@ A scorer is a pure function `(key, view) -> [n]`, higher = query first. It may s
 the lifts leave those out.
 """
 
-from metaal_jax.acquisition.disagreement import bald, consensus_entropy, mean_kl, vote_entropy
-from metaal_jax.acquisition.diversity import typical
+from metaal_jax.acquisition.clustering import cluster_balanced, k_means, kmeans, typiclust
+from metaal_jax.acquisition.combinators import (
+    class_balanced,
+    diverse,
+    epsilon_mixture,
+    per_cost,
+    product_of_ranks,
+    stochastic_top_k,
+    subsampled,
+    sum_of_ranks,
+    switch_at,
+    with_learner,
+)
+from metaal_jax.acquisition.coverage import k_medoids, max_herding, prob_cover
+from metaal_jax.acquisition.density import density, density_weighted, discriminative
+from metaal_jax.acquisition.disagreement import (
+    bald,
+    consensus_entropy,
+    mean_kl,
+    mean_std,
+    variation_ratio,
+    vote_entropy,
+)
+from metaal_jax.acquisition.diversity import k_center, typical
+from metaal_jax.acquisition.gradient_embedding import badge
+from metaal_jax.acquisition.influence import (
+    expected_gradient_length,
+    expected_model_change,
+    glister,
+    head_gradient_length,
+    predicted_loss,
+)
+from metaal_jax.acquisition.information import batch_bald, epig
 from metaal_jax.acquisition.lifts import one_of, per_row, pick_in_turn, row_noise, select_top, top_k
 from metaal_jax.acquisition.pool import predict_pool, score_pool
-from metaal_jax.acquisition.uncertainty import entropy, least_confident, margin, random
+from metaal_jax.acquisition.refit import expected_error_reduction, greedy_oracle
+from metaal_jax.acquisition.uncertainty import entropy, least_confident, margin, random, ratio, tempered
 
 __all__ = [
+    "badge",
     "bald",
+    "batch_bald",
+    "class_balanced",
+    "cluster_balanced",
     "consensus_entropy",
+    "density",
+    "density_weighted",
+    "discriminative",
+    "diverse",
     "entropy",
+    "epig",
+    "epsilon_mixture",
+    "expected_error_reduction",
+    "expected_gradient_length",
+    "expected_model_change",
+    "glister",
+    "greedy_oracle",
+    "head_gradient_length",
+    "k_center",
+    "k_means",
+    "k_medoids",
+    "kmeans",
     "least_confident",
     "margin",
+    "max_herding",
     "mean_kl",
+    "mean_std",
     "one_of",
+    "per_cost",
     "per_row",
     "pick_in_turn",
     "predict_pool",
+    "predicted_loss",
+    "prob_cover",
+    "product_of_ranks",
     "random",
+    "ratio",
     "row_noise",
     "score_pool",
     "select_top",
+    "stochastic_top_k",
+    "subsampled",
+    "sum_of_ranks",
+    "switch_at",
+    "tempered",
     "top_k",
     "typical",
+    "typiclust",
+    "variation_ratio",
     "vote_entropy",
+    "with_learner",
 ]

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from metaal_jax.acquisition.lifts import per_row, row_noise
-from metaal_jax.base import PoolView
+from metaal_jax.acquisition.lifts import Scorer, per_row, row_noise
+from metaal_jax.base import PoolView, require
 from metaal_jax.losses import consensus
 
 
@@ -33,6 +33,12 @@ def _margin(logits: Array) -> Array:
     return jnp.exp(jnp.where(first, -jnp.inf, log_probs).max()) - jnp.exp(log_probs.max())
 
 
+def _ratio(logits: Array) -> Array:
+    log_probs = consensus(logits)
+    first = jnp.arange(log_probs.shape[-1]) == log_probs.argmax()
+    return jnp.exp(jnp.where(first, -jnp.inf, log_probs).max() - log_probs.max())
+
+
 def _entropy(logits: Array) -> Array:
     return entropy_of(consensus(logits))
 
@@ -54,9 +60,37 @@ def margin(key: Array, view: PoolView) -> Array:
     return per_row(_margin)(key, view)
 
 
+def ratio(key: Array, view: PoolView) -> Array:
+    """The second largest probability divided by the largest, `[n]` in [0, 1].
+
+    Reference: Monarch: Human-in-the-Loop Machine Learning, 2021, section 3.2.
+    """
+    return per_row(_ratio)(key, view)
+
+
 def entropy(key: Array, view: PoolView) -> Array:
     """Entropy of the predictive distribution, `[n]` in nats.
 
     Reference: Settles: Active Learning Literature Survey, 2009, section 3.1.
     """
     return per_row(_entropy)(key, view)
+
+
+def tempered(scorer: Scorer, *, temperature: float | Array) -> Scorer:
+    """`scorer` of logits divided by a temperature: above 1 for a model that is surer than it should be.
+
+    Entropy and margin order the rows of several classes differently at other temperatures; with two classes no rule of
+    a single model changes its order. Each member of a committee is tempered before they are averaged.
+
+    Raises:
+      ValueError: for `temperature <= 0`.
+
+    Reference: Guo et al.: On Calibration of Modern Neural Networks, 2017.
+    """
+    require(temperature > 0, f"tempered: temperature must be > 0, got {temperature}")
+
+    def tempered_scorer(key: Array, view: PoolView) -> Array:
+        prediction = view.prediction._replace(logits=view.prediction.logits / temperature)
+        return scorer(key, view._replace(prediction=prediction))
+
+    return tempered_scorer

@@ -16,11 +16,12 @@ ABSENT = -1e3  # logit of a class without a prototype
 
 
 def inner_loop(
-    loss: Callable[[PyTree], Array],
+    loss: Callable[..., Array],
     params: PyTree,
     *,
     optimizer: optax.GradientTransformation,
     steps: int,
+    key: Array | None = None,
     first_order: bool = False,
     remat: bool = False,
     unroll: int | bool = 1,
@@ -32,6 +33,8 @@ def inner_loop(
       params: where to start.
       optimizer: any Optax transformation; its state starts afresh.
       steps: number of steps, static.
+      key: for a loss with noise, `loss(params, key)`, which gets a key of its own in each step; None for
+        `loss(params)`.
       first_order: treats each step's gradient as a constant (FOMAML).
       remat: recomputes a step in the backward pass instead of storing it (`jax.checkpoint`).
       unroll: as in `lax.scan`; unrolled steps run faster under a gradient and compile more slowly.
@@ -40,9 +43,11 @@ def inner_loop(
       Parameters with the structure of `params`.
     """
 
-    def step(carry: tuple[PyTree, PyTree], _: None) -> tuple[tuple[PyTree, PyTree], None]:
+    keys = None if key is None else jax.random.split(key, steps)
+
+    def step(carry: tuple[PyTree, PyTree], key: Array | None) -> tuple[tuple[PyTree, PyTree], None]:
         params, state = carry
-        grads = jax.grad(loss)(params)
+        grads = jax.grad(loss)(params) if key is None else jax.grad(loss)(params, key)
         if first_order:
             grads = lax.stop_gradient(grads)
         updates, state = optimizer.update(grads, state, params)
@@ -50,7 +55,7 @@ def inner_loop(
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)
-    (params, _), _ = lax.scan(step, (params, optimizer.init(params)), length=steps, unroll=unroll)
+    (params, _), _ = lax.scan(step, (params, optimizer.init(params)), keys, length=steps, unroll=unroll)
     return params
 
 

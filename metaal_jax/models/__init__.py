@@ -5,7 +5,7 @@ embedding being the input of the last layer. `weight` (float32 `[n]`, 0 = paddin
 the whole batch. A last layer named `head` lets learners treat it apart from the body.
 """
 
-from metaal_jax.models.layers import BatchNorm, Conv, max_pool
+from metaal_jax.models.layers import BatchNorm, Conv, Dropout, max_pool
 from metaal_jax.models.networks import MLP, Conv4, as_float
 
-__all__ = ["MLP", "BatchNorm", "Conv", "Conv4", "as_float", "max_pool"]
+__all__ = ["MLP", "BatchNorm", "Conv", "Conv4", "Dropout", "as_float", "max_pool"]

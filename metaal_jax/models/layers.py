@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -112,3 +113,37 @@ class BatchNorm(nn.Module):
         variance = (weight * (wide - mean) ** 2).sum(axes) / total
         y = (wide - mean) * lax.rsqrt(variance + self.epsilon) * scale + bias
         return y.astype(self.dtype or x.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout whose masks belong to rows, or to a member of a committee.
+
+    With the random stream `dropout` each row has a mask of its own, drawn from its position, so that padding changes no
+    other row: for training. With the stream `mask` all rows share one mask, and the same key gives the same mask to any
+    rows: a network drawn from the posterior of Monte Carlo dropout. Without either, nothing is dropped.
+
+    Attributes:
+      rate: probability of dropping a feature; those kept are divided by `1 - rate`.
+      shared_axes: axes that share a mask, such as height and width where whole channels are dropped.
+
+    Reference: Srivastava et al.: Dropout, 2014; Tompson et al.: Efficient Object Localization Using Convolutional
+    Networks, 2015 (whole channels); Gal, Ghahramani: Dropout as a Bayesian Approximation, 2016.
+    """
+
+    rate: float
+    shared_axes: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """`[n, ..., c]` -> `[n, ..., c]`."""
+        rows, mask = self.has_rng("dropout"), self.has_rng("mask")
+        if self.rate == 0 or not (rows or mask):
+            return x
+        shape = tuple(1 if axis in self.shared_axes else size for axis, size in enumerate(x.shape))[1:]
+        if rows:
+            key = self.make_rng("dropout")
+            keys = jax.vmap(lambda position: jax.random.fold_in(key, position))(jnp.arange(x.shape[0]))
+            kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.rate, shape))(keys)
+        else:
+            kept = jax.random.bernoulli(self.make_rng("mask"), 1 - self.rate, (1, *shape))
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros((), x.dtype))

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from metaal_jax.models.layers import BatchNorm, Conv, max_pool
+from metaal_jax.models.layers import BatchNorm, Conv, Dropout, max_pool
 
 
 def as_float(x: Array) -> Array:
@@ -22,20 +22,29 @@ class MLP(nn.Module):
       classes: number of logits.
       hidden: widths of the hidden layers; the last one is the embedding (the input itself where there is none).
       zero_head: starts the last layer at 0, so that an unlabelled problem has uniform predictions.
+      dropout: rate of the dropout after each hidden layer, see `Dropout`; without its random streams nothing is
+        dropped.
       dtype: of the computation (for example `jnp.bfloat16`); logits and embedding are float32 or wider.
     """
 
     classes: int
     hidden: Sequence[int] = (64, 64)
     zero_head: bool = False
+    dropout: float = 0.0
     dtype: Any = None
+
+    def __post_init__(self):
+        _check_dropout("MLP", self.dropout)
+        if self.dropout and not self.hidden:
+            raise ValueError("MLP: dropout follows hidden layers, and there is none")
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
         """`[n, ...]` -> logits `[n, classes]`, embedding `[n, d]`."""
         x = as_float(x).reshape(x.shape[0], -1)
         for width in self.hidden:
-            x = nn.relu(nn.Dense(width, dtype=self.dtype)(x))
+            x = Dropout(self.dropout)(nn.relu(nn.Dense(width, dtype=self.dtype)(x)))
         return _head(x, self.classes, self.zero_head)
 
 
@@ -51,6 +60,8 @@ class Conv4(nn.Module):
       groups: of the group norm.
       zero_head: starts the last layer at 0.
       implementation: of the convolutions, see `Conv`.
+      dropout: rate of the dropout of whole channels after each block, see `Dropout`; without its random streams
+        nothing is dropped.
       dtype: of the computation (for example `jnp.bfloat16`); logits and embedding are float32 or wider.
 
     Reference: Vinyals et al.: Matching Networks for One Shot Learning, 2016; Finn, Abbeel, Levine: Model-Agnostic
@@ -65,9 +76,11 @@ class Conv4(nn.Module):
     groups: int = 8
     zero_head: bool = False
     implementation: Literal["patches", "lax"] = "patches"
+    dropout: float = 0.0
     dtype: Any = None
 
     def __post_init__(self):
+        _check_dropout("Conv4", self.dropout)
         for name, value, allowed in (
             ("downsample", self.downsample, ("stride", "pool")),
             ("norm", self.norm, ("group", "batch", "none")),
@@ -96,7 +109,13 @@ class Conv4(nn.Module):
             x = nn.relu(x)
             if self.downsample == "pool":
                 x = max_pool(x)
+            x = Dropout(self.dropout, shared_axes=(1, 2))(x)
         return _head(x.reshape(x.shape[0], -1), self.classes, self.zero_head)
+
+
+def _check_dropout(name: str, rate: float) -> None:
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name}: dropout must be at least 0 and below 1, got {rate}")
 
 
 def _head(x: Array, classes: int, zero: bool) -> tuple[Array, Array]:

@@ -1,0 +1,362 @@
+"""All query strategies on one target: plain, repeated, wrongly answered and unbalanced, on two frozen embeddings.
+
+Claim: on the embedding that the main job meta-learned, strategies that look at where rows lie win while labels are few,
+uncertain ones win later, and a greedy oracle shows how much room is left above all of them.
+
+    python experiments/strategies.py                                    # meta-trains the network first
+    python experiments/strategies.py --meta-run runs/cifar10-mnist      # takes that of a run of meta_active.py
+    python experiments/strategies.py --strategies random,margin,typiclust --embeddings meta --conditions plain
+
+A cell is one strategy with one batch size in one condition on one embedding; all its seeds run in one compiled
+program. A linear layer is trained on the embedding after every batch; strategies that ask a committee see draws from
+its Laplace posterior, and all are judged by the single linear layer. The cold start is part of the comparison: each
+strategy chooses its first batch itself, by a model that knows no label. Then the five best adapt the whole network.
+
+Figures and times: experiments/results/strategies/ and the table in the README.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+
+import meta_active
+from arms import make_arms, make_model, without_head
+from meta_training import make_meta_job, meta_train
+from metaal_jax import checkpoint, learners, models, tasks
+from metaal_jax.acquisition import predict_pool
+from metaal_jax.base import Problem, PyTree
+from metaal_jax.loop import active_learner
+from metaal_jax.metrics import Score
+from registry import ALIASES, CANDIDATES, STRATEGIES, Need, find, listing, make_policy
+from runs import RunFolder, UsageError, arguments, main, names, round_to
+from strategy_report import Cell, report
+
+CONDITIONS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "repeated": {"duplicates": 5, "noise": 10.0},
+    "wrong": {"wrong": 0.2},
+    "unbalanced": {"imbalance": 10.0},
+}
+EMBEDDINGS = {"meta": "of the main job's meta-learned network", "untrained": "of the same network, untrained"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compares query strategies with a linear layer on a frozen embedding."""
+
+    strategies: Annotated[str, tyro.conf.arg(help=f"Comma-separated, or all. Of: {listing()}.")] = "all"
+    conditions: str = "plain,repeated,wrong,unbalanced"
+    """Comma-separated, of: plain; repeated (every image five times, with noise); wrong (20 % wrong answers); unbalanced
+    (classes 1:10)."""
+    embeddings: str = "meta,untrained"
+    """Comma-separated, of: meta, untrained."""
+    batches: str = "10,50"
+    """Batch sizes for all strategies."""
+    one_by_one: str = "random,margin,typical,typiclust,badge"
+    """Strategies that are also run with batches of one, or none."""
+    budget: int = 300
+    """Labels bought in all."""
+    costly_budget: int = 100
+    """Labels bought by strategies that look at a sample of the pool, and with batches of one."""
+    pool: int = 3000
+    """Pool rows."""
+    test: int = 3000
+    """Test rows."""
+    held_out: int = 300
+    """Rows beside the pool that the oracle chooses by."""
+    seeds: int = 8
+    """Seeds of every cell; seed i draws the same problem for all strategies."""
+
+    source: str = "cifar10"
+    """Data set that the network was meta-trained on."""
+    target: str = "mnist"
+    """Data set for active learning."""
+    meta_run: str | None = None
+    """Run folder of the main job for this source and target, whose network is used. None trains it here."""
+    steps: int = 50
+    """Steps of the linear layer (AdamW, all labels in every step)."""
+    rate: float = 1e-2
+    """Their learning rate."""
+    decay: float = 0.1
+    """Their weight decay."""
+    members: int = 20
+    """Draws from the posterior that committee strategies see."""
+    joint_members: int = 100
+    """Draws for strategies that look at a sample of the pool."""
+    prior_precision: float = 20.0
+    """Of the Laplace posterior: the reciprocal variance of each weight before any label."""
+    best: int = 5
+    """How many of the best strategies adapt the whole network afterwards; 0 for none."""
+    best_seeds: int = 4
+    """Seeds of that."""
+
+    seed: int = 0
+    """Decides everything that is drawn."""
+    data_dir: str | None = None
+    """Where TFDS sets are prepared; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    out: str = "runs/strategies"
+    """Run folder."""
+    resume: bool = False
+    """Go on with the run in the folder."""
+    save_results: str | None = None
+    """Also write the results to this folder, one JSON file for each condition and embedding, and a summary."""
+
+
+FREE = frozenset({"out", "resume", "data_dir", "save_results"})
+
+
+class Plan(NamedTuple):
+    """What is to be run: names, batch sizes and the number of labels of each program."""
+
+    programs: tuple[tuple[str, int, int], ...]
+    places: tuple[tuple[str, str], ...]
+
+    def cells(self):
+        """All cells in the order in which they are run."""
+        for strategy, k, budget in self.programs:
+            for embedding, condition in self.places:
+                yield Cell(embedding, condition, k, strategy), budget
+
+
+def make_plan(config: Config) -> Plan:
+    """Checks the names and numbers; costly strategies first, so that no core waits at the end."""
+    known = [*STRATEGIES, *ALIASES]
+    chosen = tuple(STRATEGIES) if config.strategies == "all" else names(config.strategies, known, "strategy")
+    single = () if config.one_by_one in ("", "none") else names(config.one_by_one, known, "strategy")
+    conditions = names(config.conditions, CONDITIONS, "condition")
+    embeddings = names(config.embeddings, EMBEDDINGS, "embedding")
+    for name in ("budget", "costly_budget", "pool", "test", "held_out", "seeds", "steps", "best_seeds"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    for name in ("members", "joint_members"):
+        if getattr(config, name) < 2:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 2")
+    try:
+        batches = [int(part) for part in config.batches.split(",")]
+    except ValueError:
+        raise UsageError(f"--batches {config.batches!r} must be whole numbers, such as 10,50") from None
+    programs = []
+    for strategy in chosen:
+        costly = find(strategy).costly
+        budget = min(config.costly_budget, config.budget) if costly else config.budget
+        programs += [(strategy, k, budget) for k in batches]
+        if strategy in single:
+            programs.append((strategy, 1, min(config.costly_budget, config.budget)))
+    for strategy, k, budget in programs:
+        if not 1 <= k <= budget or budget % k:
+            raise UsageError(f"batches of {k} do not divide the {budget} labels of {strategy}; give other --batches, "
+                             "--budget or --costly-budget")  # fmt: skip
+        if find(strategy).costly and k > CANDIDATES:
+            raise UsageError(f"{strategy} looks at {CANDIDATES} rows a round, too few for batches of {k}")
+    if config.budget > config.pool:
+        raise UsageError(f"a budget of {config.budget} labels is larger than the pool of {config.pool} rows")
+    if "repeated" in conditions and config.pool % 5:
+        raise UsageError(f"--pool {config.pool} must be a multiple of 5 for the condition repeated")
+    programs.sort(key=lambda program: not find(program[0]).costly)
+    return Plan(tuple(programs), tuple((e, c) for e in embeddings for c in conditions))
+
+
+def main_config(config: Config) -> meta_active.Config:
+    """The main job's config for the same source and target."""
+    return meta_active.Config(source=config.source, target=config.target, seed=config.seed, data_dir=config.data_dir)
+
+
+def meta_parameters(config: Config, setting: meta_active.Setting, folder: RunFolder) -> PyTree:
+    """The main job's meta-learned network: restored from its run folder, or trained here with the same keys."""
+    job_config = main_config(config)
+    meta_job = make_meta_job(job_config, setting)
+    meta_key, _ = jax.random.split(jax.random.key(config.seed))
+    if config.meta_run is None:
+        return meta_train(job_config, setting, meta_job, folder, meta_key)
+    path = Path(config.meta_run)
+    if not (path / "meta_parameters").is_dir():
+        raise UsageError(f"{path} holds no finished meta-training; run python experiments/meta_active.py --source "
+                         f"{config.source} --target {config.target} first, or leave --meta-run out")  # fmt: skip
+    held = json.loads((path / "config.json").read_text())
+    for name in ("source", "target", "seed"):
+        if held[name] != getattr(config, name):
+            raise UsageError(f"{path} is a run with {name}={held[name]!r}, asked for is {getattr(config, name)!r}")
+    like = jax.eval_shape(meta_job.outer.init, meta_key, jnp.zeros((1, *setting.shape), setting.train_source.x.dtype))
+    return checkpoint.restore(path / "meta_parameters", like.meta)
+
+
+def make_problems(config: Config, setting: meta_active.Setting, meta: PyTree, places: tuple) -> dict:
+    """Every seed's problem in every condition, embedded once: leaves `[seeds, ...]`."""
+    job_config = main_config(config)
+    model = make_model(setting.classes, setting.shape, job_config)
+    body = learners.maml(model, inner=optax.identity(), steps=0)
+    image = jnp.zeros((1, *setting.shape), setting.train_source.x.dtype)
+    networks = {
+        "meta": lambda: without_head(model, meta, image),
+        "untrained": lambda: body.init(jax.random.key(config.seed + 1), image),
+    }
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1), config.seeds)
+
+    def embedded(network: PyTree, problem: Problem) -> Problem:
+        embed = lambda x: predict_pool(body, network, x, chunk=100).embedding[0]  # noqa: E731
+        pool = embed(problem.x)
+        mean, scale = pool.mean(0), pool.std() + 1e-6
+        scaled = lambda batch: batch._replace(x=(embed(batch.x) - mean) / scale)  # noqa: E731
+        return problem._replace(
+            x=(pool - mean) / scale, test=scaled(problem.test), validation=scaled(problem.validation)
+        )
+
+    found = {}
+    for embedding, condition in tqdm(places, desc="embedding"):
+        options = {name: value for name, value in CONDITIONS[condition].items() if name != "wrong"}
+        sampler = tasks.problems(pool=config.pool, test=config.test, validation=config.held_out, **options)
+        draw = jax.jit(lambda network, key, data, sampler=sampler: embedded(network, sampler(key, data)))
+        network = networks[embedding]()
+        each = [draw(network, key, setting.problem_data) for key in keys]
+        found[embedding, condition] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    return found
+
+
+def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
+    """`(key, problem, wrong) -> (Score [rounds], labels bought)`: one run, a pure function."""
+    model = models.MLP(classes, hidden=(), zero_head=True)
+    training: dict[str, Any] = {"optimizer": optax.adamw(config.rate, weight_decay=config.decay), "steps": config.steps}
+    learner = learners.fine_tune(model, **training)
+    posterior = None
+    if find(strategy).committee:
+        members = config.joint_members if find(strategy).costly else config.members
+        posterior = learners.laplace(learner, members=members, prior_precision=config.prior_precision)
+    need = Need(k=k, classes=classes, learner=learner, loss_learner=learners.loss_predictor(model, **training))
+    policy = make_policy(strategy, need, posterior)
+
+    def run(key: jax.Array, problem: Problem, wrong: jax.Array) -> tuple[Score, jax.Array]:
+        init_key, begin_key, loop_key = jax.random.split(key, 3)
+        active = active_learner(learner, policy, capacity=budget, wrong=wrong)
+        meta = learner.init(init_key, problem.x)
+        params = find(strategy).params(problem)
+        state = active.init(begin_key, meta, params, problem)
+
+        def body(state: Any, round: jax.Array) -> tuple[Any, Score]:
+            state, info = active.step(jax.random.fold_in(loop_key, round), meta, params, state, problem)
+            return state, info.test
+
+        state, test = jax.lax.scan(body, state, jnp.arange(budget // k))
+        return test, problem.y[jnp.maximum(state.labelled_index, 0)]
+
+    return run
+
+
+def run_program(config: Config, classes: int, program: tuple[str, int, int], wanted: list, problems: dict, futures):
+    """Compiles one program and runs it in all wanted places; what it gives, or its failure, goes into the futures."""
+    strategy, k, budget = program
+    try:
+        run = jax.jit(jax.vmap(make_run(config, classes, strategy, k, budget), in_axes=(0, 0, None)))
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2), config.seeds)
+        compiled = None
+        for cell in wanted:
+            place = (cell.embedding, cell.condition)
+            inputs = (keys, problems[place], jnp.float32(CONDITIONS[cell.condition].get("wrong", 0.0)))
+            compiled = run.lower(*inputs).compile() if compiled is None else compiled
+            begin = time.perf_counter()
+            test, y = jax.device_get(compiled(*inputs))
+            futures[cell].set_result((_records(cell, test, y, k, classes), time.perf_counter() - begin))
+    except Exception as error:
+        for cell in wanted:
+            if not futures[cell].done():
+                futures[cell].set_exception(error)
+
+
+def _records(cell: Cell, test: Score, y: np.ndarray, k: int, classes: int) -> list[dict]:
+    records = []
+    for seed in range(y.shape[0]):
+        share = np.bincount(y[seed], minlength=classes) / y.shape[1]
+        balance = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(classes)
+        curves = {name: [round_to(v) for v in getattr(test, name)[seed]] for name in ("accuracy", "brier", "ece")}
+        labels = [k * (i + 1) for i in range(test.accuracy.shape[1])]
+        records.append({**cell._asdict(), "seed": seed, "labels": labels, **curves, "balance": round_to(balance)})
+    return records
+
+
+def run_cells(config: Config, plan: Plan, classes: int, problems: dict, folder: RunFolder) -> dict[Cell, list[dict]]:
+    """All cells, a step of the run folder each; as many programs at a time as there are cores to run them."""
+    cells = [cell for cell, _ in plan.cells()]
+    futures: dict[Cell, Future] = {cell: Future() for cell in cells}
+    workers = jax.local_device_count() if jax.default_backend() == "cpu" else 1
+    found = {}
+    pool = ThreadPoolExecutor(workers)
+    try:
+        free: SimpleQueue = SimpleQueue()
+        for device in jax.local_devices()[:workers]:
+            free.put((device, jax.device_put(problems, device)))
+
+        def work(program: tuple[str, int, int], wanted: list) -> None:
+            device, mine = free.get()
+            with jax.default_device(device):
+                run_program(config, classes, program, wanted, mine, futures)
+            free.put((device, mine))
+
+        for program in plan.programs:
+            wanted = [c for c in cells if (c.strategy, c.batch) == program[:2] and not folder.done(c.step())]
+            if wanted:
+                pool.submit(work, program, wanted)
+        bar = tqdm(cells, desc="cells")
+        for cell in bar:
+            bar.set_postfix_str(" ".join(str(part) for part in cell))
+
+            def compute(cell: Cell = cell) -> list[dict]:
+                records, seconds = futures[cell].result()
+                with open(folder.path / "cell_times.jsonl", "a") as file:
+                    file.write(json.dumps({**cell._asdict(), "seconds": round(seconds, 3)}) + "\n")
+                return records
+
+            found[cell] = folder.step(cell.step(), compute)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return found
+
+
+def adapt_whole_network(config: Config, setting: meta_active.Setting, folder: RunFolder, meta: PyTree, best: list[str]):
+    """The best strategies, beside random, with the main job's full adaptation; its `Study`."""
+    chosen = ("random", *best)
+    job_config = dataclasses.replace(
+        main_config(config), strategies=",".join(chosen), learners="maml", seeds=config.best_seeds,
+        seeds_at_once=1, pool=config.pool, test=min(config.test, 2000),
+    )  # fmt: skip
+    arms = [("maml", arm) for arm in make_arms("maml", chosen, classes=setting.classes, shape=setting.shape,
+                                               config=job_config)]  # fmt: skip
+    _, active_key = jax.random.split(jax.random.key(config.seed))
+    setting.pool, setting.test = config.pool, job_config.test
+    return meta_active.active(job_config, setting, folder, active_key, meta, arms)
+
+
+def job(config: Config) -> None:
+    """The whole run."""
+    plan = make_plan(config)
+    setting = meta_active.Setting(main_config(config))
+    rows = setting.problem_data.pool.y.shape[0], setting.problem_data.test.y.shape[0]
+    for name, wanted, have in (("pool", config.pool + config.held_out, rows[0]), ("test", config.test, rows[1])):
+        if wanted > have:
+            raise UsageError(f"{wanted} rows wanted for --{name}, {config.target!r} has {have}")
+    folder = RunFolder(config.out, config, resume=config.resume, free=FREE)
+    meta = meta_parameters(config, setting, folder) if config.best or "meta" in config.embeddings else ()
+    with arguments():
+        problems = make_problems(config, setting, meta, plan.places)
+        records = run_cells(config, plan, setting.classes, problems, folder)
+    again = lambda best: adapt_whole_network(config, setting, folder, meta, best)  # noqa: E731
+    print(report(config, folder, records, again if config.best else None))
+    print(f"\nrun folder: {folder.path}")
+
+
+if __name__ == "__main__":
+    if jax.config.jax_platforms in (None, "cpu"):
+        # Programs of small operations run side by side, one on each core.
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    main(lambda: job(tyro.cli(Config)))

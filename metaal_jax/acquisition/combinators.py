@@ -1,0 +1,413 @@
+"""Lifts that change how a batch is drawn from a score, and policies made of other policies."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from metaal_jax.acquisition.lifts import (
+    Scorer,
+    check_count,
+    fixed_rule,
+    one_of,
+    pick_in_turn,
+    select_top,
+)
+from metaal_jax.acquisition.pool import predict_pool
+from metaal_jax.base import Decision, Learner, Policy, PoolView, PyTree, require, take
+from metaal_jax.losses import consensus
+
+
+def stochastic_top_k(
+    scorer: Scorer, *, k: int, kind: Literal["softmax", "power", "rank"] = "power", beta: float | Array = 1.0
+) -> Policy:
+    """A batch drawn without replacement, better rows with a higher probability: top-k of a score with Gumbel noise.
+
+    The rows of a top-k are often alike; noise breaks that at no cost. A row is drawn in proportion to `exp(beta s)`
+    (`"softmax"`), `s^beta` (`"power"`, for non-negative scores; no row's chance is quite 0) or `rank^-beta` (`"rank"`,
+    1 for the best). `log_prob` is that of the rows in their order (Plackett-Luce); it has a gradient with respect to
+    the scores and `beta`. Noise belongs to rows, so the draw does not depend on the order of the pool.
+
+    Args:
+      scorer: any scorer.
+      k: rows a round.
+      kind: what the noise is added to.
+      beta: from 0, a random batch, to infinity, the top-k.
+
+    Raises:
+      ValueError: for `k < 1`, `beta < 0` or an unknown kind.
+
+    Reference: Kirsch et al.: Stochastic Batch Acquisition, 2021.
+    """
+    require(k >= 1, f"stochastic_top_k: k must be at least 1, got {k}")
+    require(beta >= 0, f"stochastic_top_k: beta must not be negative, got {beta}")
+    if kind not in ("softmax", "power", "rank"):
+        raise ValueError(f"stochastic_top_k: kind must be 'softmax', 'power' or 'rank', got {kind!r}")
+
+    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+        check_count(k, view.row.shape[0])
+        score_key, noise_key, tie_key = jax.random.split(key, 3)
+        scores = scorer(score_key, view)
+        available = view.available
+        logits = jnp.clip(jnp.nan_to_num(scores, nan=-jnp.inf), -1e30, 1e30)
+        if kind == "power":
+            logits = jnp.log(jnp.maximum(logits, 1e-30))
+        elif kind == "rank":
+            logits = -jnp.log(descending_rank(logits, available))
+        logits = beta * logits
+        gumbel = jax.vmap(lambda row: jax.random.gumbel(jax.random.fold_in(noise_key, row)))(view.row)
+        index, valid = select_top(tie_key, logits + gumbel, available, view.row, k)
+        return Decision(index=index, valid=valid, log_prob=_sequence(logits, available, index, valid), scores=scores)
+
+    return fixed_rule(act)
+
+
+def _sequence(logits: Array, available: Array, index: Array, valid: Array) -> Array:
+    """Log-probability of drawing rows `index` in this order, without replacement, in proportion to `exp(logits)`."""
+    chosen = jnp.zeros(logits.shape, bool).at[index].max(valid)
+    # Finite, so that gradients are.
+    others = jax.nn.logsumexp(jnp.where(available & ~chosen, logits, -1e35))
+    own = jnp.where(valid, logits[index], -1e35)
+    # What is left before each draw: all that is never drawn, and this and the later draws.
+    later = lax.associative_scan(jnp.logaddexp, own[::-1])[::-1]
+    return jnp.where(valid, own - jnp.logaddexp(others, later), 0.0).sum()
+
+
+def descending_rank(scores: Array, available: Array) -> Array:
+    """Rank of each score among the available rows, 1 for the highest, float32 `[n]`; ties share their mean rank.
+
+    Rows that are not available get the rank behind all others.
+    """
+    count = available.sum()
+    ordered = jnp.sort(jnp.where(available, -scores, jnp.inf))
+    low = jnp.searchsorted(ordered, -scores, side="left")
+    high = jnp.minimum(jnp.searchsorted(ordered, -scores, side="right"), count)
+    return jnp.where(available, 0.5 * (low + 1 + high), count + 1.0).astype(jnp.float32)
+
+
+def sum_of_ranks(scorers: Sequence[Scorer], *, weights: Sequence[float] | Array | None = None) -> Scorer:
+    """Minus the weighted sum of the ranks that the scorers give a row: Borda's count. Equal weights by default.
+
+    Ranks are those among the available rows, so scores of any scale can be combined.
+
+    Raises:
+      ValueError: without scorers, or for another number of weights.
+
+    Reference: Dwork et al.: Rank Aggregation Methods for the Web, 2001.
+    """
+    return _of_ranks("sum_of_ranks", scorers, weights, lambda rank: rank)
+
+
+def product_of_ranks(scorers: Sequence[Scorer], *, weights: Sequence[float] | Array | None = None) -> Scorer:
+    """Minus the weighted sum of the logarithms of the ranks: a row that is first for one scorer is hard to beat.
+
+    Raises:
+      ValueError: without scorers, or for another number of weights.
+
+    Reference: Breitling et al.: Rank Products, 2004.
+    """
+    return _of_ranks("product_of_ranks", scorers, weights, jnp.log)
+
+
+def _of_ranks(
+    name: str, scorers: Sequence[Scorer], weights: Sequence[float] | Array | None, of: Callable[[Array], Array]
+) -> Scorer:
+    scorers = tuple(scorers)
+    require(scorers, f"{name}: no scorers given")
+    given = np.ones(len(scorers)) if weights is None else weights
+    require(np.shape(given) == (len(scorers),), f"{name}: {len(scorers)} scorers need as many weights, got {weights}")
+
+    def combined(key: Array, view: PoolView) -> Array:
+        keys = jax.random.split(key, len(scorers))
+        ranks = [descending_rank(scorer(k, view), view.available) for scorer, k in zip(scorers, keys, strict=True)]
+        return -(jnp.asarray(given, jnp.float32) @ of(jnp.stack(ranks)))
+
+    return combined
+
+
+def per_cost(scorer: Scorer) -> Scorer:
+    """Gain per cost: a non-negative score divided by the row's cost. Rows that cost nothing come first.
+
+    Use a score that is 0 where nothing is gained, such as `entropy` or `bald`; a `margin` is negative, so take
+    `1 + margin` there. Costs are in the units of the budget.
+
+    Raises:
+      ValueError: in the scorer, outside compiled programs, for negative scores.
+
+    Reference: Settles, Craven, Friedland: Active Learning with Real Annotation Costs, 2008.
+    """
+
+    def scored(key: Array, view: PoolView) -> Array:
+        scores = scorer(key, view)
+        lowest = jnp.where(view.available, scores, 0.0).min()
+        require(lowest >= 0, f"per_cost: scores must not be negative, got {lowest}; shift them so that 0 is no gain")
+        return scores / jnp.maximum(view.cost, 1e-30)
+
+    return scored
+
+
+def class_balanced(scorer: Scorer, *, k: int) -> Policy:
+    """Fills up the classes evenly: each pick is the best-scored row among those predicted as the rarest class so far.
+
+    Classes are counted over the labelled rows, by their labels, and the picks of this batch, by their predictions;
+    classes that nothing available is predicted as are passed over. From a cold start all counts are 0.
+
+    Raises:
+      ValueError: for `k < 1`.
+
+    Reference: Bengar et al.: Class-Balanced Active Learning for Image Classification, 2022; there the balance is a
+    penalty on the score, here it comes first.
+    """
+    require(k >= 1, f"class_balanced: k must be at least 1, got {k}")
+
+    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+        score_key, tie_key = jax.random.split(key)
+        # -inf is kept for rows of classes that are not due.
+        scores = jnp.clip(jnp.nan_to_num(scorer(score_key, view), nan=-jnp.inf), -1e30, 1e30)
+        predicted = consensus(view.prediction.logits).argmax(-1)
+        classes = view.prediction.logits.shape[-1]
+        counts = jnp.zeros(classes).at[view.labelled.y].add(view.labelled.weight > 0)
+
+        def due(carry: tuple[Array, Array]) -> Array:
+            counts, available = carry
+            own = counts[predicted]
+            return jnp.where(own == jnp.where(available, own, jnp.inf).min(), scores, -jnp.inf)
+
+        def count(carry: tuple[Array, Array], position: Array) -> tuple[Array, Array]:
+            counts, available = carry
+            return counts.at[predicted[position]].add(1.0), available.at[position].set(False)
+
+        decision = pick_in_turn(tie_key, view, k, (counts, view.available), due, count)
+        return decision._replace(scores=scores)
+
+    return fixed_rule(act)
+
+
+def diverse(
+    scorer: Scorer,
+    *,
+    k: int,
+    balance: float | Array | None = None,
+    distance: Callable[[Array, Array], Array] | None = None,
+) -> Policy:
+    """A greedy diverse batch from any score and any distance: ranked batch-mode active learning.
+
+    Each pick maximises `a * (1 - similarity) + (1 - a) * score`, where the score is scaled to 0..1 over the available
+    rows and the similarity `1 / (1 + distance)` is that to the nearest row labelled or already chosen. From a cold
+    start the score alone decides the first pick.
+
+    Args:
+      scorer: any scorer.
+      k: rows a round.
+      balance: `a`, from 0, the score alone, to 1, the distance alone. None for the share of rows that are not labelled,
+        as in the paper: distance counts first, the score later.
+      distance: `(embedding [n, d], one row [d]) -> [n]`, not negative; None for the Euclidean one.
+
+    Raises:
+      ValueError: for `k < 1` or a balance outside [0, 1].
+
+    Reference: Cardoso et al.: Ranked Batch-Mode Active Learning, 2017.
+    """
+    require(k >= 1, f"diverse: k must be at least 1, got {k}")
+    if balance is not None:
+        require((balance >= 0) & (balance <= 1), f"diverse: balance must lie in [0, 1], got {balance}")
+    distance = _euclidean if distance is None else distance
+
+    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+        score_key, tie_key = jax.random.split(key)
+        available = view.available
+        scores = jnp.clip(jnp.nan_to_num(scorer(score_key, view), nan=-jnp.inf), -1e30, 1e30)
+        low = jnp.where(available, scores, jnp.inf).min()
+        high = jnp.where(available, scores, -jnp.inf).max()
+        scaled = jnp.where(high > low, (scores - low) / jnp.where(high > low, high - low, 1.0), 0.0)
+        embedding = view.prediction.embedding.mean(0)
+        known = view.labelled_index >= 0
+        real = (view.weight > 0).sum()
+        share = (real - known.sum()) / jnp.maximum(real, 1) if balance is None else balance
+
+        def cover(nearest: Array, position: Array) -> Array:
+            return jnp.minimum(nearest, distance(embedding, embedding[position]))
+
+        def cover_known(nearest: Array, entry: tuple[Array, Array]) -> tuple[Array, None]:
+            position, is_known = entry
+            return jnp.where(is_known, cover(nearest, position), nearest), None
+
+        nothing = jnp.full(scores.shape, jnp.inf)
+        nearest, _ = lax.scan(cover_known, nothing, (jnp.maximum(view.labelled_index, 0), known))
+
+        def value(nearest: Array) -> Array:
+            both = share * (1.0 - 1.0 / (1.0 + nearest)) + (1.0 - share) * scaled
+            return jnp.where(jnp.isinf(nearest), scaled, both)
+
+        return pick_in_turn(tie_key, view, k, nearest, value, cover)
+
+    return fixed_rule(act)
+
+
+def _euclidean(embedding: Array, row: Array) -> Array:
+    return jnp.sqrt(((embedding - row) ** 2).sum(-1))
+
+
+def subsampled(policy: Policy, *, rows: int) -> Policy:
+    """Shows a costly rule no more than `rows` random available rows, drawn afresh every round.
+
+    The rule sees a small pool: first the labelled rows (`capacity` of them, padded), then the drawn ones. It begins
+    anew on each, so a rule that remembers earlier rounds should not be lifted. The decision's scores are -inf for
+    rows that were not drawn.
+
+    Raises:
+      ValueError: for `rows < 1`; when acting, for a rule that asks for more than `rows` rows.
+    """
+    require(rows >= 1, f"subsampled: rows must be at least 1, got {rows}")
+
+    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+        draw_key, begin_key, act_key = jax.random.split(key, 3)
+        n, capacity = view.row.shape[0], view.labelled_index.shape[0]
+        count = min(rows, n)
+        drawn, found = select_top(draw_key, jnp.zeros(n), view.available, view.row, count)
+        known = view.labelled_index >= 0
+        place = jnp.concatenate([jnp.maximum(view.labelled_index, 0), drawn])
+        small = view._replace(
+            x=take(view.x, place),
+            row=view.row[place],
+            weight=jnp.concatenate([known, found]).astype(view.weight.dtype),
+            queried=jnp.concatenate([jnp.ones(capacity, bool), jnp.zeros(count, bool)]),
+            cost=view.cost[place],
+            prediction=jax.tree.map(lambda leaf: leaf[:, place], view.prediction),
+            labelled_index=jnp.where(known, jnp.arange(capacity, dtype=jnp.int32), -1),
+        )
+        decision, _ = policy.act(policy_params, policy.begin(policy_params, begin_key, small), act_key, small)
+        check_count(decision.index.shape[0], count)
+        scores = jnp.full(n, -jnp.inf).at[drawn].set(jnp.where(found, decision.scores[capacity:], -jnp.inf))
+        return decision._replace(index=place[decision.index], scores=scores), policy_state
+
+    return Policy(init=policy.init, begin=lambda policy_params, key, view: (), act=act)
+
+
+def with_learner(policy: Policy, learner: Learner, *, own_start: bool = False, chunk: int | None = None) -> Policy:
+    """Shows a policy the predictions of another learner, adapted to the same labels in every round.
+
+    A committee, a posterior or a loss predictor then chooses for a single model that predicts; strategies that need
+    different learners can be compared by one and the same.
+
+    Args:
+      policy: any policy; it sees the learner's meta-parameters, parameters and predictions.
+      learner: what it sees.
+      own_start: draws the learner's meta-parameters by its `init` when the run begins; otherwise they are the view's.
+      chunk: rows predicted at a time, None for all at once.
+
+    Returns:
+      A `Policy` with the parameters of `policy`.
+
+    Reference: Lowell, Lipton, Wallace: Practical Obstacles to Deploying Active Learning, 2019, on choosing by one model
+    and training another.
+    """
+
+    def show(key: Array, meta: PyTree, view: PoolView) -> PoolView:
+        params = learner.adapt(key, meta, view.labelled, unlabelled=view.x)
+        prediction = predict_pool(learner, params, view.x, chunk=chunk)
+        return view._replace(meta=meta, params=params, prediction=prediction)
+
+    def begin(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
+        init_key, adapt_key, begin_key = jax.random.split(key, 3)
+        own = learner.init(init_key, view.x) if own_start else ()
+        shown = show(adapt_key, own if own_start else view.meta, view)
+        return own, policy.begin(policy_params, begin_key, shown)
+
+    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+        own, inner = policy_state
+        adapt_key, act_key = jax.random.split(key)
+        shown = show(adapt_key, own if own_start else view.meta, view)
+        decision, inner = policy.act(policy_params, inner, act_key, shown)
+        return decision, (own, inner)
+
+    return Policy(init=policy.init, begin=begin, act=act)
+
+
+def epsilon_mixture(policy: Policy, other: Policy, *, epsilon: float | Array) -> Policy:
+    """Takes each row of a batch from `other` with probability `epsilon`, the others from `policy`, best first.
+
+    Args:
+      policy: any policy.
+      other: a policy of as many rows, often a random one; it sees those taken from `policy` as queried.
+      epsilon: probability, for each of the batch's rows.
+
+    Returns:
+      A `Policy` with parameters `(those of policy, those of other)`, or `()` where neither has any; `log_prob` is 0.
+
+    Raises:
+      ValueError: for an epsilon outside [0, 1]; when acting, for policies of different batch sizes.
+    """
+    require((epsilon >= 0) & (epsilon <= 1), f"epsilon_mixture: epsilon must be a probability, got {epsilon}")
+    both = (policy, other)
+
+    def init(key: Array) -> PyTree:
+        return tuple(p.init(k) for p, k in zip(both, jax.random.split(key), strict=True))
+
+    def begin(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
+        keys = jax.random.split(key)
+        return tuple(p.begin(own, k, view) for p, own, k in zip(both, policy_params or ((), ()), keys, strict=True))
+
+    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+        params = policy_params or ((), ())
+        draw_key, own_key, other_key = jax.random.split(key, 3)
+        first, first_state = policy.act(params[0], policy_state[0], own_key, view)
+        k = first.index.shape[0]
+        own = k - (jax.random.uniform(draw_key, (k,)) < epsilon).sum()
+        kept = first.valid & (jnp.arange(k) < own)
+        rest = view._replace(queried=view.queried.at[first.index].max(kept))
+        second, second_state = other.act(params[1], policy_state[1], other_key, rest)
+        if second.index.shape != (k,):
+            raise ValueError(f"epsilon_mixture: batches of {k} and of {second.index.shape[0]} rows; give one size")
+        place = jnp.arange(k) - own
+        late = jnp.maximum(place, 0)
+        decision = Decision(
+            index=jnp.where(place < 0, first.index, second.index[late]),
+            valid=jnp.where(place < 0, first.valid, second.valid[late]),
+            log_prob=jnp.zeros(()),
+            scores=first.scores,
+        )
+        return decision, (first_state, second_state)
+
+    return Policy(init=init, begin=begin, act=act)
+
+
+def switch_at(policies: Sequence[Policy], *, labels: Sequence[int] | Array) -> Policy:
+    """Goes from one rule to the next as labels are bought: `policies[i + 1]` from `labels[i]` labelled rows on.
+
+    Typical rows are worth most while labels are few, uncertain ones later.
+
+    Args:
+      policies: rules without parameters, all of one batch size.
+      labels: ascending numbers of labelled rows, one fewer than policies.
+
+    Raises:
+      ValueError: for another number of switching points, or points that do not ascend.
+
+    Reference: Hacohen, Dekel, Weinshall: Active Learning on a Budget, 2022; Donmez, Carbonell, Bennett: Dual Strategy
+    Active Learning, 2007.
+
+    >>> from metaal_jax import acquisition
+    >>> early, late = acquisition.typical(k=10), acquisition.top_k(acquisition.margin, k=10)
+    >>> policy = acquisition.switch_at([early, late], labels=[50])
+    """
+    chosen = one_of(policies)
+    points = jnp.asarray(labels)
+    count = len(tuple(policies))
+    require(points.shape == (count - 1,), f"switch_at: {count} policies need {count - 1} points, got {labels}")
+    require((points[1:] > points[:-1]).all(), f"switch_at: the points must ascend, got {labels}")
+
+    def numbered(view: PoolView) -> PyTree:
+        bought = (view.labelled_index >= 0).sum()
+        return (bought >= points).sum(dtype=jnp.int32), ((),) * count
+
+    def begin(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
+        return chosen.begin(numbered(view), key, view)
+
+    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+        return chosen.act(numbered(view), policy_state, key, view)
+
+    return Policy(init=lambda key: (), begin=begin, act=act)

@@ -1,0 +1,150 @@
+"""One table for all query strategies: whatever the registry names must keep these promises."""
+
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metaal_jax import Batch, Prediction, learners, models
+from views import make_view, reorder
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
+from registry import ALIASES, STRATEGIES, Need, find, listing, make_policy
+
+sys.path.pop(0)
+
+N, K, CAPACITY, CLASSES = 24, 4, 6, 4
+
+MODEL = models.MLP(CLASSES, hidden=())
+LEARNER = learners.fine_tune(MODEL, optimizer=optax.sgd(0.3), steps=2)
+NEED = Need(
+    k=K,
+    classes=CLASSES,
+    learner=LEARNER,
+    loss_learner=learners.loss_predictor(MODEL, optimizer=optax.sgd(0.3), steps=2, hidden=4),
+)
+META = LEARNER.init(jax.random.key(0), jnp.zeros((1, 3)))
+TRUTH = np.arange(N) % CLASSES
+SELECTION = Batch(jax.random.normal(jax.random.key(1), (8, 3)), jnp.arange(8) % CLASSES, jnp.ones(8))
+
+
+def view_of(seed, members, *, labelled=(), y=TRUTH, logits=None, same=False, **options):
+    """A pool for any strategy: random predictions, labelled rows with their labels, parameters of a linear layer."""
+    view = make_view(seed, N, members=members, classes=CLASSES, labelled=labelled, capacity=CAPACITY, **options)
+    if same:
+        view = view._replace(
+            x=jnp.ones_like(view.x),
+            prediction=jax.tree.map(lambda leaf: leaf[:, :1] + jnp.zeros_like(leaf), view.prediction),
+        )
+    if logits is not None:
+        view = view._replace(prediction=view.prediction._replace(logits=jnp.asarray(logits, jnp.float32)))
+    known = np.zeros(CAPACITY, int)
+    known[: len(labelled)] = labelled
+    weight = jnp.asarray(np.arange(CAPACITY) < len(labelled), jnp.float32)
+    batch = Batch(x=view.x[known] * weight[:, None], y=jnp.asarray(y[known], jnp.int32), weight=weight)
+    return view._replace(labelled=batch, meta=META, params=META, budget=jnp.float32(100))
+
+
+def cases(members):
+    """Pools of one shape, so that one program serves them all."""
+    rng = np.random.default_rng(5)
+    base = view_of(2, members, queried=(3, 5), labelled=(1, 8))
+    order = rng.permutation(N)
+    padded = view_of(2, members, queried=(3, 5), labelled=(1, 8), padding=4)
+    junk = jnp.arange(N) >= N - 4
+    other = jax.tree.map(lambda leaf: jnp.where(junk[None, :, None], 7.0 - 3 * leaf, leaf), padded.prediction)
+    sure = np.where(rng.random((members, N, CLASSES)) < 0.5, 1e4, -1e4)
+    return {
+        "base": base,
+        "same again": base,
+        "permuted": reorder(base, order),
+        "padded": padded,
+        "padded with junk": padded._replace(prediction=other, x=jnp.where(junk[:, None], 50.0, padded.x)),
+        "cold": view_of(2, members),
+        "three left": base._replace(queried=~jnp.isin(base.row, jnp.asarray([0, 7, 20]))),
+        "none left": base._replace(queried=jnp.ones(N, bool)),
+        "identical rows": view_of(2, members, labelled=(1, 8), same=True),
+        "one class": view_of(2, members, labelled=(1, 8), y=np.zeros(N, int),
+                             logits=np.broadcast_to(np.eye(CLASSES)[0] * 30, (members, N, CLASSES))),
+        "two rows": view_of(2, members, padding=N - 2),
+        "sure": view_of(2, members, labelled=(1, 8), logits=sure),
+    }, order  # fmt: skip
+
+
+CASES = {members: cases(members) for members in (1, 3)}
+
+
+def decide(policy, params):
+    def run(key, view):
+        begin_key, act_key = jax.random.split(key)
+        return policy.act(params, policy.begin(params, begin_key, view), act_key, view)[0]
+
+    return run
+
+
+def policy_of(name, need=NEED):
+    params = (jnp.asarray(TRUTH, jnp.int32), SELECTION) if find(name).held_out else ()
+    return make_policy(name, need), params
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies_keep_the_contract(key, name):
+    views, order = CASES[3 if find(name).committee else 1]
+    run = decide(*policy_of(name))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *views.values())
+    decisions = jax.jit(jax.vmap(run, in_axes=(None, 0)))(key, stacked)
+    got = {case: jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), decisions) for i, case in enumerate(views)}
+    for case, decision in got.items():
+        assert (decision.index.shape, decision.index.dtype) == ((K,), np.int32), case
+        assert decision.scores.shape == (N,), case
+        chosen, available = decision.index[decision.valid], np.asarray(views[case].available)
+        assert len(set(chosen.tolist())) == len(chosen) == min(K, available.sum()), case
+        assert available[chosen].all(), case
+        assert not np.isnan(decision.scores[available]).any(), case
+        assert np.isfinite(decision.log_prob), case
+    assert (got["same again"].index == got["base"].index).all()
+    np.testing.assert_array_equal(got["padded with junk"].index, got["padded"].index)
+    np.testing.assert_array_equal(order[got["permuted"].index], got["base"].index)  # noise belongs to rows
+    one = jax.jit(run)
+    alone = one(key, views["base"])
+    np.testing.assert_array_equal(alone.index, got["base"].index)  # vmapped = single
+    # Ties are broken by the key: among identical rows another key takes other rows.
+    picks = {tuple(np.asarray(one(k, views["identical rows"]).index).tolist()) for k in jax.random.split(key, 4)}
+    assert len(picks) > 1
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_more_rows_than_the_pool_has(key, name):
+    policy, params = policy_of(name, NEED._replace(k=N + CAPACITY + 1))
+    view = CASES[3 if find(name).committee else 1][0]["base"]
+    with pytest.raises(ValueError, match="cannot choose 31 rows of a pool of"):
+        jax.eval_shape(decide(policy, params), key, view)
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if find(name).committee])
+def test_rules_for_committees_refuse_a_single_model(key, name):
+    with pytest.raises(ValueError, match="committee"):
+        jax.eval_shape(decide(*policy_of(name)), key, CASES[1][0]["base"])
+
+
+def test_every_strategy_has_a_line_in_the_help():
+    text = listing()
+    assert all(f"{name}: {strategy.line}" in text for name, strategy in STRATEGIES.items())
+    assert len({strategy.line for strategy in STRATEGIES.values()}) == len(STRATEGIES)
+    assert set(ALIASES.values()) <= set(STRATEGIES)
+
+
+def test_a_posterior_is_shown_only_where_it_is_asked(key):
+    """A committee's strategy made with a posterior works on the view of a single model."""
+    view = CASES[1][0]["base"]
+    posterior = learners.committee(LEARNER, members=3)
+    policy = make_policy("bald", NEED, posterior)
+    decision = jax.jit(decide(policy, ()))(key, view)
+    assert decision.valid.all()
+    assert isinstance(view.prediction, Prediction)
+    prediction = posterior.predict(posterior.adapt(key, META, view.labelled), view.x)
+    assert prediction.logits.shape == (3, N, CLASSES)
