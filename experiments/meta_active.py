@@ -42,7 +42,7 @@ class Config:
     """Data set for active learning. If it is the source, its classes are split: first half source, rest target."""
     learners: str = "scratch,maml,frozen,logistic"
     """Comma-separated, of: scratch, maml, frozen, logistic."""
-    strategies: Annotated[str, tyro.conf.arg(help=f"Comma-separated, of: {listing()}.")] = (
+    strategies: Annotated[str, tyro.conf.arg(help=f"Comma-separated, of:\n{listing()}\n")] = (
         "random,entropy,margin,committee,typical"
     )
     budget: int = 100

@@ -79,6 +79,9 @@ STRATEGIES: dict[str, Strategy] = {
     "power_bald": Strategy(
         "rows drawn in proportion to BALD", lambda need: acquisition.stochastic_top_k(acquisition.bald, k=need.k), True
     ),
+    "sampled_bald": Strategy(
+        "largest BALD, top k of the rows that batch_bald sees", _top(acquisition.bald), committee=True, costly=True
+    ),
     "batch_bald": Strategy(
         "BALD of the batch as a whole", lambda need: acquisition.batch_bald(k=need.k), committee=True, costly=True
     ),
@@ -190,7 +193,7 @@ def listing() -> str:
     """One line for each strategy, for `--help`."""
     lines = [f"{name}: {strategy.line}" + (", on a sample of the pool" if strategy.costly else "")
              for name, strategy in STRATEGIES.items()]  # fmt: skip
-    return "; ".join(lines)
+    return "\n".join(lines)
 
 
 def find(name: str) -> Strategy:

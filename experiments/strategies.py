@@ -57,7 +57,7 @@ EMBEDDINGS = {"meta": "of the main job's meta-learned network", "untrained": "of
 class Config:
     """Compares query strategies with a linear layer on a frozen embedding."""
 
-    strategies: Annotated[str, tyro.conf.arg(help=f"Comma-separated, or all. Of: {listing()}.")] = "all"
+    strategies: Annotated[str, tyro.conf.arg(help=f"Comma-separated, or all. Of:\n{listing()}\n")] = "all"
     conditions: str = "plain,repeated,wrong,unbalanced"
     """Comma-separated, of: plain; repeated (every image five times, with noise); wrong (20 % wrong answers); unbalanced
     (classes 1:10)."""
@@ -65,12 +65,12 @@ class Config:
     """Comma-separated, of: meta, untrained."""
     batches: str = "10,50"
     """Batch sizes for all strategies."""
-    one_by_one: str = "random,margin,typical,typiclust,badge"
+    one_by_one: str = "random,entropy,margin,typical,badge"
     """Strategies that are also run with batches of one, or none."""
     budget: int = 300
     """Labels bought in all."""
     costly_budget: int = 100
-    """Labels bought by strategies that look at a sample of the pool, and with batches of one."""
+    """Labels bought by strategies that look at a sample of the pool."""
     pool: int = 3000
     """Pool rows."""
     test: int = 3000
@@ -154,7 +154,7 @@ def make_plan(config: Config) -> Plan:
         budget = min(config.costly_budget, config.budget) if costly else config.budget
         programs += [(strategy, k, budget) for k in batches]
         if strategy in single:
-            programs.append((strategy, 1, min(config.costly_budget, config.budget)))
+            programs.append((strategy, 1, budget))
     for strategy, k, budget in programs:
         if not 1 <= k <= budget or budget % k:
             raise UsageError(f"batches of {k} do not divide the {budget} labels of {strategy}; give other --batches, "
@@ -304,7 +304,9 @@ def run_cells(config: Config, plan: Plan, classes: int, problems: dict, folder: 
             free.put((device, mine))
 
         for program in plan.programs:
-            wanted = [c for c in cells if (c.strategy, c.batch) == program[:2] and not folder.done(c.step())]
+            wanted = [
+                cell for cell in cells if (cell.strategy, cell.batch) == program[:2] and not folder.done(cell.step())
+            ]
             if wanted:
                 pool.submit(work, program, wanted)
         bar = tqdm(cells, desc="cells")
