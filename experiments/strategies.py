@@ -17,12 +17,9 @@ Figures and times: experiments/results/strategies/ and the table in the README.
 
 import dataclasses
 import json
-import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -42,6 +39,7 @@ from metaal_jax.loop import active_learner
 from metaal_jax.metrics import Score
 from registry import ALIASES, CANDIDATES, STRATEGIES, Need, find, listing, make_policy
 from runs import RunFolder, UsageError, arguments, main, names, round_to
+from side_by_side import side_by_side
 from strategy_report import Cell, report
 
 CONDITIONS: dict[str, dict[str, float]] = {
@@ -254,24 +252,18 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
     return run
 
 
-def run_program(config: Config, classes: int, program: tuple[str, int, int], wanted: list, problems: dict, futures):
-    """Compiles one program and runs it in all wanted places; what it gives, or its failure, goes into the futures."""
-    strategy, k, budget = program
-    try:
-        run = jax.jit(jax.vmap(make_run(config, classes, strategy, k, budget), in_axes=(0, 0, None)))
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2), config.seeds)
-        compiled = None
-        for cell in wanted:
-            place = (cell.embedding, cell.condition)
-            inputs = (keys, problems[place], jnp.float32(CONDITIONS[cell.condition].get("wrong", 0.0)))
-            compiled = run.lower(*inputs).compile() if compiled is None else compiled
-            begin = time.perf_counter()
-            test, y = jax.device_get(compiled(*inputs))
-            futures[cell].set_result((_records(cell, test, y, k, classes), time.perf_counter() - begin))
-    except Exception as error:
-        for cell in wanted:
-            if not futures[cell].done():
-                futures[cell].set_exception(error)
+def run_program(problems: dict, task: tuple, send: Any) -> None:
+    """Compiles one program, runs it in all wanted places and sends the records of each."""
+    config, classes, (strategy, k, budget), wanted = task
+    run = jax.jit(jax.vmap(make_run(config, classes, strategy, k, budget), in_axes=(0, 0, None)))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2), config.seeds)
+    compiled = None
+    for cell in wanted:
+        inputs = (keys, problems[cell[:2]], jnp.float32(CONDITIONS[cell.condition].get("wrong", 0.0)))
+        compiled = run.lower(*inputs).compile() if compiled is None else compiled
+        begin = time.perf_counter()
+        test, y = jax.device_get(compiled(*inputs))
+        send(cell, (_records(cell, test, y, k, classes), time.perf_counter() - begin))
 
 
 def _records(cell: Cell, test: Score, y: np.ndarray, k: int, classes: int) -> list[dict]:
@@ -288,40 +280,24 @@ def _records(cell: Cell, test: Score, y: np.ndarray, k: int, classes: int) -> li
 def run_cells(config: Config, plan: Plan, classes: int, problems: dict, folder: RunFolder) -> dict[Cell, list[dict]]:
     """All cells, a step of the run folder each; as many programs at a time as there are cores to run them."""
     cells = [cell for cell, _ in plan.cells()]
-    futures: dict[Cell, Future] = {cell: Future() for cell in cells}
-    workers = jax.local_device_count() if jax.default_backend() == "cpu" else 1
+    work = []
+    for program in plan.programs:
+        wanted = [c for c in cells if (c.strategy, c.batch) == program[:2] and not folder.done(c.step())]
+        if wanted:
+            work.append((config, classes, program, wanted))
     found = {}
-    pool = ThreadPoolExecutor(workers)
-    try:
-        free: SimpleQueue = SimpleQueue()
-        for device in jax.local_devices()[:workers]:
-            free.put((device, jax.device_put(problems, device)))
-
-        def work(program: tuple[str, int, int], wanted: list) -> None:
-            device, mine = free.get()
-            with jax.default_device(device):
-                run_program(config, classes, program, wanted, mine, futures)
-            free.put((device, mine))
-
-        for program in plan.programs:
-            wanted = [
-                cell for cell in cells if (cell.strategy, cell.batch) == program[:2] and not folder.done(cell.step())
-            ]
-            if wanted:
-                pool.submit(work, program, wanted)
+    with side_by_side(run_program, problems, work) as wait:
         bar = tqdm(cells, desc="cells")
         for cell in bar:
             bar.set_postfix_str(" ".join(str(part) for part in cell))
 
             def compute(cell: Cell = cell) -> list[dict]:
-                records, seconds = futures[cell].result()
+                records, seconds = wait(cell)
                 with open(folder.path / "cell_times.jsonl", "a") as file:
                     file.write(json.dumps({**cell._asdict(), "seconds": round(seconds, 3)}) + "\n")
                 return records
 
             found[cell] = folder.step(cell.step(), compute)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
     return found
 
 
@@ -358,7 +334,4 @@ def job(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    if jax.config.jax_platforms in (None, "cpu"):
-        # Programs of small operations run side by side, one on each core.
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     main(lambda: job(tyro.cli(Config)))
