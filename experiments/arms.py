@@ -83,7 +83,9 @@ def make_arms(
     half = -(-budget // 2 // k) * k
     segments = (half, budget) if learner == "scratch" and budget > 50 and half < budget else (budget,)
     own_model, training = _supervised(learner, classes, shape, config)
-    need = Need(k=k, classes=classes, learner=single, loss_learner=learners.loss_predictor(own_model, **training))
+    need = Need(
+        k=k, classes=classes, learner=single, refit=single, loss_learner=learners.loss_predictor(own_model, **training)
+    )
     # Strategies of one cost share a program; one that costs much more than the others would hold them up.
     groups = {}
     for name in strategies:

@@ -242,7 +242,7 @@ def check(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def strategy_names(config: Config) -> tuple[str, ...]:
     """The names in `--strategies`, checked."""
-    return names(config.strategies, [*STRATEGIES, *ALIASES], "strategy")
+    return names(config.strategies, STRATEGIES, "strategy", ALIASES)
 
 
 def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, meta, arms: list[tuple[str, Arm]]):

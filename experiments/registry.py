@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from metaal_jax import acquisition
 from metaal_jax.base import Learner, Policy, Problem, PyTree
 
@@ -15,13 +17,15 @@ class Need(NamedTuple):
     Attributes:
       k: rows a round.
       classes: of the target.
-      learner: the single base learner, for rules that refit or take gradients.
+      learner: the single base learner, for rules that take its gradients.
+      refit: what rules refit by the thousand: the base learner, or a quicker form of it.
       loss_learner: a learner of `learners.loss_predictor` for the same rows.
     """
 
     k: int
     classes: int
     learner: Learner
+    refit: Learner
     loss_learner: Learner
 
 
@@ -50,7 +54,10 @@ def _top(scorer: Callable) -> Callable[[Need], Policy]:
 
 
 def _truth(problem: Problem) -> PyTree:
-    return problem.y, problem.validation
+    """The pool's labels, and held-out rows in which each class counts alike, as it does among balanced test rows."""
+    held = problem.validation
+    members = jnp.zeros(held.y.shape[0]).at[held.y].add(held.weight)[held.y]
+    return problem.y, held._replace(weight=held.weight / jnp.maximum(members, 1.0))
 
 
 STRATEGIES: dict[str, Strategy] = {
@@ -104,13 +111,13 @@ STRATEGIES: dict[str, Strategy] = {
     ),
     "error_reduction": Strategy(
         "expected log loss of the pool after a refit",
-        lambda need: acquisition.top_k(acquisition.expected_error_reduction(need.learner), k=need.k),
+        lambda need: acquisition.top_k(acquisition.expected_error_reduction(need.refit), k=need.k),
         costly=True,
     ),
     "error_reduction_01": Strategy(
         "expected error rate of the pool after a refit",
         lambda need: acquisition.top_k(
-            acquisition.expected_error_reduction(need.learner, loss="zero_one"), k=need.k
+            acquisition.expected_error_reduction(need.refit, loss="zero_one"), k=need.k
         ),
         costly=True,
     ),
@@ -154,7 +161,7 @@ STRATEGIES: dict[str, Strategy] = {
         "margin and distance, ranked batch mode", lambda need: acquisition.diverse(acquisition.margin, k=need.k)
     ),
     "cluster_margin": Strategy(
-        "smallest margin in each of k clusters",
+        "smallest margin in each of k clusters in turn",
         lambda need: acquisition.cluster_balanced(acquisition.margin, k=need.k),
     ),
     "rank_sum": Strategy(
@@ -172,21 +179,24 @@ STRATEGIES: dict[str, Strategy] = {
         ),
     ),
     "typical_margin": Strategy(
-        "typical rows up to 100 labels, then margin",
+        "typical rows up to 50 labels, then margin",
         lambda need: acquisition.switch_at(
-            [acquisition.typical(k=need.k), acquisition.top_k(acquisition.margin, k=need.k)], labels=[100]
+            [acquisition.typical(k=need.k), acquisition.top_k(acquisition.margin, k=need.k)], labels=[50]
         ),
     ),
     # The upper reference.
     "oracle": Strategy(
         "greedy oracle: it sees the labels, and the loss on rows of its own",
-        lambda need: acquisition.greedy_oracle(need.learner, k=need.k),
+        lambda need: acquisition.greedy_oracle(need.refit, k=need.k),
         costly=True,
         held_out=True,
         params=_truth,
     ),
 }  # fmt: skip
-ALIASES = {"committee": "bald"}
+# Other spellings; `committee` is what the main job's first results call BALD.
+ALIASES = {"committee": "bald", "coreset": "k_center"} | {
+    name.replace("_", ""): name for name in STRATEGIES if "_" in name
+}
 
 
 def listing() -> str:

@@ -61,15 +61,18 @@ def arguments():
         raise UsageError(str(error)) from error
 
 
-def names(text: str, known: Iterable[str], what: str) -> tuple[str, ...]:
-    """Comma-separated names, checked; raises `UsageError` for unknown or repeated ones."""
+def names(text: str, known: Iterable[str], what: str, also: Iterable[str] = ()) -> tuple[str, ...]:
+    """Comma-separated names, checked; raises `UsageError` for unknown or repeated ones.
+
+    Other spellings, `also`, are taken as they are and not listed in the message.
+    """
     import difflib
 
     known, given = list(known), tuple(part.strip() for part in text.split(",") if part.strip())
     for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+        if name not in (*known, *also):
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
             raise UsageError(f"unknown {what} {name!r}; {hint}choose from {', '.join(known)}")
     if not given or len(set(given)) < len(given):
         raise UsageError(f"{what} list {text!r} is empty or repeats a name; choose from {', '.join(known)}")

@@ -64,7 +64,7 @@ class Config:
     batches: str = "10,50"
     """Batch sizes for all strategies."""
     one_by_one: str = "random,entropy,margin,typical,badge"
-    """Strategies that are also run with batches of one, or none."""
+    """Those of the strategies that are also run with batches of one, or none."""
     budget: int = 300
     """Labels bought in all."""
     costly_budget: int = 100
@@ -90,6 +90,8 @@ class Config:
     """Their learning rate."""
     decay: float = 0.1
     """Their weight decay."""
+    refit_steps: int = 20
+    """Steps of the linear layer where a strategy refits it by the thousand, at a rate higher in proportion."""
     members: int = 20
     """Draws from the posterior that committee strategies see."""
     joint_members: int = 100
@@ -131,12 +133,12 @@ class Plan(NamedTuple):
 
 def make_plan(config: Config) -> Plan:
     """Checks the names and numbers; costly strategies first, so that no core waits at the end."""
-    known = [*STRATEGIES, *ALIASES]
-    chosen = tuple(STRATEGIES) if config.strategies == "all" else names(config.strategies, known, "strategy")
-    single = () if config.one_by_one in ("", "none") else names(config.one_by_one, known, "strategy")
+    named = lambda text: tuple(ALIASES.get(n, n) for n in names(text, STRATEGIES, "strategy", ALIASES))  # noqa: E731
+    chosen = tuple(STRATEGIES) if config.strategies == "all" else named(config.strategies)
+    single = () if config.one_by_one in ("", "none") else named(config.one_by_one)
     conditions = names(config.conditions, CONDITIONS, "condition")
     embeddings = names(config.embeddings, EMBEDDINGS, "embedding")
-    for name in ("budget", "costly_budget", "pool", "test", "held_out", "seeds", "steps", "best_seeds"):
+    for name in ("budget", "costly_budget", "pool", "test", "held_out", "seeds", "steps", "refit_steps", "best_seeds"):
         if getattr(config, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
     for name in ("members", "joint_members"):
@@ -146,6 +148,12 @@ def make_plan(config: Config) -> Plan:
         batches = [int(part) for part in config.batches.split(",")]
     except ValueError:
         raise UsageError(f"--batches {config.batches!r} must be whole numbers, such as 10,50") from None
+    if not batches or min(batches) < 2 or len(set(batches)) < len(batches):
+        raise UsageError(f"--batches {config.batches!r} must be different numbers from 2 on; --one-by-one is for 1")
+    if max(batches) > min(config.costly_budget, config.budget):
+        raise UsageError(f"batches of {max(batches)} are more than --costly-budget or --budget; raise them")
+    if len(set(chosen)) < len(chosen):
+        raise UsageError(f"--strategies {config.strategies!r} names one strategy twice, by different spellings")
     programs = []
     for strategy in chosen:
         costly = find(strategy).costly
@@ -232,7 +240,14 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
     if find(strategy).committee:
         members = config.joint_members if find(strategy).costly else config.members
         posterior = learners.laplace(learner, members=members, prior_precision=config.prior_precision)
-    need = Need(k=k, classes=classes, learner=learner, loss_learner=learners.loss_predictor(model, **training))
+    quick = optax.adamw(config.rate * config.steps / config.refit_steps, weight_decay=config.decay)
+    need = Need(
+        k=k,
+        classes=classes,
+        learner=learner,
+        refit=learners.fine_tune(model, optimizer=quick, steps=config.refit_steps),
+        loss_learner=learners.loss_predictor(model, **training),
+    )
     policy = make_policy(strategy, need, posterior)
 
     def run(key: jax.Array, problem: Problem, wrong: jax.Array) -> tuple[Score, jax.Array]:
@@ -302,11 +317,14 @@ def run_cells(config: Config, plan: Plan, classes: int, problems: dict, folder: 
 
 
 def adapt_whole_network(config: Config, setting: meta_active.Setting, folder: RunFolder, meta: PyTree, best: list[str]):
-    """The best strategies, beside random, with the main job's full adaptation; its `Study`."""
+    """The best strategies, beside random, with the main job's full adaptation; its `Study`.
+
+    All begin with the same ten random rows: strategies differ by what they ask of the adapted network.
+    """
     chosen = ("random", *best)
     job_config = dataclasses.replace(
         main_config(config), strategies=",".join(chosen), learners="maml", seeds=config.best_seeds,
-        seeds_at_once=1, pool=config.pool, test=min(config.test, 2000),
+        seeds_at_once=1, pool=config.pool, test=min(config.test, 2000), initial="random",
     )  # fmt: skip
     arms = [("maml", arm) for arm in make_arms("maml", chosen, classes=setting.classes, shape=setting.shape,
                                                config=job_config)]  # fmt: skip
@@ -323,11 +341,13 @@ def job(config: Config) -> None:
     for name, wanted, have in (("pool", config.pool + config.held_out, rows[0]), ("test", config.test, rows[1])):
         if wanted > have:
             raise UsageError(f"{wanted} rows wanted for --{name}, {config.target!r} has {have}")
+    with arguments():
+        for strategy, k, budget in plan.programs:
+            make_run(config, setting.classes, strategy, k, budget)
     folder = RunFolder(config.out, config, resume=config.resume, free=FREE)
     meta = meta_parameters(config, setting, folder) if config.best or "meta" in config.embeddings else ()
-    with arguments():
-        problems = make_problems(config, setting, meta, plan.places)
-        records = run_cells(config, plan, setting.classes, problems, folder)
+    problems = make_problems(config, setting, meta, plan.places)
+    records = run_cells(config, plan, setting.classes, problems, folder)
     again = lambda best: adapt_whole_network(config, setting, folder, meta, best)  # noqa: E731
     print(report(config, folder, records, again if config.best else None))
     print(f"\nrun folder: {folder.path}")

@@ -131,7 +131,8 @@ def active_learner(
 
     Returns:
       An `ActiveLearner`. What its `init` raises: `ValueError` for an initial set larger than `capacity`, a capacity
-      larger than the pool, and, outside compiled programs, a budget below the cheapest label.
+      larger than the pool, and, outside compiled programs, negative costs or a budget below the cheapest label or the
+      cost of the initial set.
 
     Raises:
       ValueError: for `capacity < 1`, probabilities outside [0, 1] or a negative budget.
@@ -188,7 +189,10 @@ def active_learner(
             raise ValueError(f"capacity {capacity} is larger than the pool of {n} rows; ask for at most {n} labels")
         if given > capacity:
             raise ValueError(f"an initial set of {given} rows does not fit a capacity of {capacity}; raise capacity")
-        cheapest = jnp.where(problem.weight > 0, problem.cost, jnp.inf).min()
+        real = problem.weight > 0
+        lowest = jnp.where(real, problem.cost, 0.0).min()
+        require(lowest >= 0, f"active_learner: costs must not be negative, got {lowest}")
+        cheapest = jnp.where(real, problem.cost, jnp.inf).min()
         require(cheapest <= limit, f"active_learner: a budget of {limit} buys nothing, the cheapest label costs "
                 f"{cheapest}; raise the budget")  # fmt: skip
         adapt_key, again_key, begin_key, oracle_key = jax.random.split(key, 4)
@@ -209,6 +213,8 @@ def active_learner(
             if problem.y is None:
                 raise ValueError("a problem with an initial set needs its labels in y; or start cold and tell them")
             state = record(state, problem, problem.initial, problem.y[problem.initial], problem.initial >= 0)
+            require(state.spent <= limit, f"active_learner: the initial set costs {state.spent}, more than the budget "
+                    f"of {limit}; raise the budget")  # fmt: skip
             state = state._replace(params=refit(again_key, meta, state, problem))
         return state._replace(policy_state=policy.begin(policy_params, begin_key, view_of(meta, state, problem)))
 

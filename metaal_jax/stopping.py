@@ -26,7 +26,8 @@ class Signals(NamedTuple):
       agreement: Cohen's kappa of the pool's predicted classes with those of the round before; 0 in the first round.
       changed: share of the pool's rows whose predicted class changed; 1 in the first round.
       uncertainty: mean entropy in nats over the rows not asked yet; 0 where none is left.
-      gain: largest score per unit of cost among the rows that the policy wants to ask for; -inf where there is none.
+      gain: largest score per unit of cost among the rows that the policy wants to ask for, for scores that are not
+        divided by the cost already (`acquisition.per_cost`); -inf where there is none.
     """
 
     count: Array  # type: ignore[assignment]
@@ -70,9 +71,11 @@ def observe(view: PoolView, decision: Decision, before: Array) -> tuple[Signals,
     classes = log_probs.argmax(-1).astype(jnp.int32)
     real, first = view.weight > 0, (before < 0).all()
     total = jnp.maximum(real.sum(), 1)
-    share = lambda labels: jnp.zeros(log_probs.shape[-1]).at[labels].add(real) / total  # noqa: E731
     same = (real & (classes == before)).sum() / total
-    chance = share(classes) @ share(jnp.maximum(before, 0))
+    shares = [
+        jnp.zeros(log_probs.shape[-1]).at[labels].add(real) / total for labels in (classes, jnp.maximum(before, 0))
+    ]
+    chance = shares[0] @ shares[1]
     kappa = jnp.where(chance < 1, (same - chance) / jnp.where(chance < 1, 1 - chance, 1.0), 1.0)
     left = real & ~view.queried
     uncertainty = jnp.where(left, entropy_of(log_probs), 0.0).sum() / jnp.maximum(left.sum(), 1)
@@ -201,8 +204,9 @@ def certain(*, uncertainty: float | Array) -> StoppingRule:
 def not_worth_it(*, worth: float | Array) -> StoppingRule:
     """Stops when the expected gain falls below the cost: `worth * score < cost` for every row the policy would ask for.
 
-    Made for policies whose scores are expected gains, such as minus an expected error after the answer, less the
-    present one; `worth` is what one unit of the score is worth in units of cost.
+    Made for policies whose scores are expected gains, such as `acquisition.expected_error_reduction`; `worth` is what
+    one unit of the score is worth in units of cost. Scores must not be divided by the cost already, as
+    `acquisition.per_cost` does.
 
     Raises:
       ValueError: for a worth that is not positive.

@@ -102,7 +102,7 @@ def test_ranks_are_combined(key):
     np.testing.assert_allclose(product[:5], -np.log(ranks[0] * ranks[1]), rtol=1e-6)
 
 
-def plain_diverse(view, scores, k, share):
+def plain_diverse(view, scores, k, balance):
     z = np.asarray(view.prediction.embedding[0], np.float64)
     available = np.flatnonzero(np.asarray(view.available))
     low, high = scores[available].min(), scores[available].max()
@@ -114,6 +114,7 @@ def plain_diverse(view, scores, k, share):
             if not covered:
                 return scaled[i]
             nearest = min(np.linalg.norm(z[i] - z[j]) for j in covered)
+            share = (18 - len(covered)) / 18 if balance is None else balance
             return share * (1 - 1 / (1 + nearest)) + (1 - share) * scaled[i]
 
         best = max((i for i in available if i not in picks), key=value)
@@ -126,10 +127,10 @@ def plain_diverse(view, scores, k, share):
 def test_diverse_against_numpy(key, labelled):
     view = make_view(4, queried=(3,), labelled=labelled, padding=2)
     scores = np.random.default_rng(0).normal(size=20)
-    for balance, share in ((0.6, 0.6), (None, (18 - len(labelled)) / 18)):
+    for balance in (0.6, None):
         policy = acquisition.diverse(fixed(scores), k=5, balance=balance)
         got = jax.jit(lambda key, view, p=policy: decide(p, key, view))(key, view)
-        assert got.index.tolist() == plain_diverse(view, scores, 5, share)
+        assert got.index.tolist() == plain_diverse(view, scores, 5, balance)
     # Another distance, here one that sees the first feature only.
     policy = acquisition.diverse(fixed(scores), k=5, balance=1.0, distance=lambda z, row: jnp.abs(z[:, 0] - row[0]))
     flat = view._replace(prediction=view.prediction._replace(embedding=view.prediction.embedding[..., :1]))

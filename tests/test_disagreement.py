@@ -73,7 +73,7 @@ def test_epig_against_numpy(key, monkeypatch, block):
     view = make_view(1, n=15, queried=(4,), labelled=(2,), padding=3)
     decision = decide(acquisition.epig(k=4, targets=50))(key, view)
     probs = probabilities(np.asarray(view.prediction.logits, np.float64))
-    wanted = np.asarray(plain_epig(probs, range(12)))
+    wanted = np.asarray(plain_epig(probs, [i for i in range(12) if i not in (2, 4)]))
     np.testing.assert_allclose(decision.scores, wanted, rtol=1e-4, atol=1e-6)
     left = np.asarray(view.available)
     assert decision.index.tolist() == sorted(np.flatnonzero(left), key=lambda i: -wanted[i])[:4]

@@ -22,6 +22,7 @@ N, K, CAPACITY, CLASSES = 24, 4, 6, 4
 MODEL = models.MLP(CLASSES, hidden=())
 LEARNER = learners.fine_tune(MODEL, optimizer=optax.sgd(0.3), steps=2)
 NEED = Need(
+    refit=LEARNER,
     k=K,
     classes=CLASSES,
     learner=LEARNER,

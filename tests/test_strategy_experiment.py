@@ -96,7 +96,7 @@ def test_a_killed_run_ends_with_the_same_bytes(whole, tmp_path):
 
 
 MISTAKES = {
-    "unknown strategy": ({"strategies": "random,bagde"}, ["'bagde'", "did you mean badge?"]),
+    "unknown strategy": ({"strategies": "random,bagde"}, ["'bagde'", "did you mean badge or bald?"]),
     "unknown condition": ({"conditions": "plane"}, ["'plane'", "did you mean plain?"]),
     "unknown embedding": ({"embeddings": "maml"}, ["'maml'", "meta, untrained"]),
     "batches that are no numbers": ({"batches": "ten"}, ["'ten'", "whole numbers"]),

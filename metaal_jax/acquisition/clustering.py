@@ -161,19 +161,21 @@ def k_means(*, k: int, iterations: int = 10, scorer: Scorer | None = None) -> Po
 
 
 def typiclust(
-    *, k: int, neighbours: int = 20, clusters: int = 500, iterations: int = 10, considered: int = 500
+    *, k: int, neighbours: int = 20, clusters: int = 500, smallest: int = 6, iterations: int = 10, considered: int = 500
 ) -> Policy:
     """The most typical row of each of the largest clusters that hold no labelled row.
 
     In each round k-means cuts the current model's embedding, scaled to length 1, into `min(labelled + k, clusters)`
-    clusters. Picks come in turn from the cluster with the fewest labelled rows, among those the largest, and are its
-    most typical rows: typicality is the inverse of the mean distance to the nearest `neighbours` in the cluster. From
+    clusters. Picks come in turn from the cluster with the fewest labelled rows, among those the largest, leaving out
+    clusters of fewer than `smallest` rows while there are others (the authors' code does), and are its most typical
+    rows: typicality is the inverse of the mean distance to the nearest `neighbours` in the cluster. From
     a cold start the pool has `k` clusters, one for each pick.
 
     Args:
       k: rows a round.
       neighbours: for the typicality; fewer in smaller clusters.
       clusters: the largest number of clusters.
+      smallest: rows of a cluster below which it holds but outliers; 1 to leave none out.
       iterations: of Lloyd's algorithm.
       considered: of a cluster that is larger than this and than `k`, so many random rows stand for it.
 
@@ -186,7 +188,8 @@ def typiclust(
     Reference: Hacohen, Dekel, Weinshall: Active Learning on a Budget: Opposite Strategies Suit High and Low Budgets,
     2022.
     """
-    given = {"k": k, "neighbours": neighbours, "clusters": clusters, "iterations": iterations, "considered": considered}
+    given = {"k": k, "neighbours": neighbours, "clusters": clusters, "smallest": smallest, "iterations": iterations,
+             "considered": considered}  # fmt: skip
     for name, value in given.items():
         require(value >= 1, f"typiclust: {name} must be at least 1, got {value}")
 
@@ -220,8 +223,10 @@ def typiclust(
 
         def typicality(carry: tuple[Array, Array]) -> Array:
             known, left = carry
-            fewest = jnp.where(left > 0, known, n + 1).min()
-            cluster = jnp.where((left > 0) & (known == fewest), size, -1).argmax()
+            large = (left > 0) & (size >= smallest)
+            eligible = jnp.where(large.any(), large, left > 0)
+            fewest = jnp.where(eligible, known, n + 1).min()
+            cluster = jnp.where(eligible & (known == fewest), size, -1).argmax()
             position = lax.dynamic_slice(order, (first[cluster],), (members,))
             inside = jnp.arange(members) < size[cluster]
             rows = embedding[position]
@@ -246,7 +251,8 @@ def cluster_balanced(scorer: Scorer, *, k: int, clusters: int | None = None, ite
     k-means cuts the embedding of the run's first model into clusters, once, in `begin`. Each round goes round the
     clusters from the smallest up (by the rows that may still be asked for) and takes the best-scored row of each,
     until there are `k`. Clusters without rows are passed over. Labelled rows only count through the scorer: a cold
-    start is like any other round.
+    start is like any other round. The paper's Cluster-Margin first keeps the rows of smallest margin and goes round the
+    clusters of those alone; here all rows take part, and the score decides inside the cluster only.
 
     Args:
       scorer: higher = sooner.

@@ -202,8 +202,8 @@ def diverse(
     Args:
       scorer: any scorer.
       k: rows a round.
-      balance: `a`, from 0, the score alone, to 1, the distance alone. None for the share of rows that are not labelled,
-        as in the paper: distance counts first, the score later.
+      balance: `a`, from 0, the score alone, to 1, the distance alone. None for the share of rows that are neither
+        labelled nor chosen, as in the paper: distance counts first, the score later.
       distance: `(embedding [n, d], one row [d]) -> [n]`, not negative; None for the Euclidean one.
 
     Raises:
@@ -226,7 +226,6 @@ def diverse(
         embedding = view.prediction.embedding.mean(0)
         known = view.labelled_index >= 0
         real = (view.weight > 0).sum()
-        share = (real - known.sum()) / jnp.maximum(real, 1) if balance is None else balance
 
         def cover(nearest: Array, position: Array) -> Array:
             return jnp.minimum(nearest, distance(embedding, embedding[position]))
@@ -238,11 +237,15 @@ def diverse(
         nothing = jnp.full(scores.shape, jnp.inf)
         nearest, _ = lax.scan(cover_known, nothing, (jnp.maximum(view.labelled_index, 0), known))
 
-        def value(nearest: Array) -> Array:
+        def value(carry: tuple[Array, Array]) -> Array:
+            nearest, taken = carry
+            share = (real - taken) / jnp.maximum(real, 1) if balance is None else balance
             both = share * (1.0 - 1.0 / (1.0 + nearest)) + (1.0 - share) * scaled
             return jnp.where(jnp.isinf(nearest), scaled, both)
 
-        return pick_in_turn(tie_key, view, k, nearest, value, cover)
+        return pick_in_turn(
+            tie_key, view, k, (nearest, known.sum()), value, lambda c, position: (cover(c[0], position), c[1] + 1)
+        )
 
     return fixed_rule(act)
 
@@ -395,14 +398,14 @@ def switch_at(policies: Sequence[Policy], *, labels: Sequence[int] | Array) -> P
     >>> policy = acquisition.switch_at([early, late], labels=[50])
     """
     chosen = one_of(policies)
-    points = jnp.asarray(labels)
+    points = labels if isinstance(labels, Array) else np.asarray(labels)
     count = len(tuple(policies))
     require(points.shape == (count - 1,), f"switch_at: {count} policies need {count - 1} points, got {labels}")
     require((points[1:] > points[:-1]).all(), f"switch_at: the points must ascend, got {labels}")
 
     def numbered(view: PoolView) -> PyTree:
         bought = (view.labelled_index >= 0).sum()
-        return (bought >= points).sum(dtype=jnp.int32), ((),) * count
+        return (bought >= jnp.asarray(points)).sum(dtype=jnp.int32), ((),) * count
 
     def begin(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
         return chosen.begin(numbered(view), key, view)

@@ -42,9 +42,10 @@ def badge(*, k: int, covered: bool = True) -> Policy:
     def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
         n = view.row.shape[0]
         check_count(k, n)
-        probs = jnp.exp(consensus(view.prediction.logits))
+        probs = jnp.nan_to_num(jnp.exp(consensus(view.prediction.logits)))
         error = probs - jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
-        embedding = view.prediction.embedding.mean(0)
+        # A row that is not a number has no gradient and comes last.
+        embedding = jnp.nan_to_num(view.prediction.embedding.mean(0), posinf=0.0, neginf=0.0)
         square = (error**2).sum(-1) * (embedding**2).sum(-1)
         noise_key, draw_key = jax.random.split(key)
         noise = row_noise(noise_key, view.row)

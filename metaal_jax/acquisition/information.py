@@ -37,9 +37,9 @@ def epig(learner: Learner | None = None, *, k: int, targets: int = 200) -> Polic
     `H(y_i) + H(y_j) - H(y_i, y_j)` with `p(y_i, y_j) = mean_m p_m(y_i) p_m(y_j)`, in nats. Unlike `bald` it ignores
     what is unknown yet does not matter to the targets. The `k` best rows are taken, ties broken by the key.
 
-    The targets are `targets` random rows of the pool, or, with a learner, rows of one's own: the policy's parameters
-    (its `policy_params`, leaves `[t, ...]` like the pool's), which the learner predicts from the parameters of the
-    view. The members of both predictions must be the same draws, so those of a learner must be fixed by its
+    The targets are `targets` random rows of the pool that have not been asked for, or, with a learner, rows of one's
+    own: the policy's parameters (its `policy_params`, leaves `[t, ...]` like the pool's), which the learner predicts
+    from the parameters of the view. The members of both predictions must be the same draws, so those of a learner must be fixed by its
     parameters, as those of `committee`, `mc_dropout` and `laplace` are. A cold start changes nothing: what the members
     say then counts.
 
@@ -67,7 +67,10 @@ def epig(learner: Learner | None = None, *, k: int, targets: int = 200) -> Polic
         if learner is None:
             require(not given, "epig: target rows among the policy parameters need epig(learner, ...)")
             n = logits.shape[1]
-            index, found = select_top(key, jnp.zeros(n), view.weight > 0, view.row, min(targets, n))
+            real = view.weight > 0
+            rest = real & ~view.queried
+            rest = jnp.where(rest.any(), rest, real)
+            index, found = select_top(key, jnp.zeros(n), rest, view.row, min(targets, n))
             return logits[:, index], found.astype(logits.dtype)
         require(given, "epig: with a learner the policy parameters are the target rows, got none")
         theirs = learner.predict(view.params, policy_params).logits
@@ -168,7 +171,7 @@ def batch_bald(*, k: int, configurations: int = 10_000) -> Policy:
             def look(state: tuple[Array, Array]) -> tuple[Array, Array]:
                 bound, seen = state
                 _, rows = lax.top_k(open_rows(bound, seen)[0], block)
-                bound = bound.at[rows].min(gains(posterior, weight, rows))
+                bound = bound.at[rows].set(gains(posterior, weight, rows))
                 return bound, seen.at[rows].set(True)
 
             bound, seen = lax.while_loop(unsettled, look, (bound, jnp.zeros(n, bool)))

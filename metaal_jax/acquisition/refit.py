@@ -61,8 +61,8 @@ def _check(name: str, loss: str, chunk: int) -> None:
 def expected_error_reduction(learner: Learner, *, loss: Loss = "log", chunk: int = 16) -> Scorer:
     """The rows after whose labelling the learner expects the smallest loss on the rest of the pool.
 
-    A row's score is `-sum_c p_c R(D + (x, c))`: the learner adapts from the meta-parameters to the labelled rows and
-    this one with label `c`; its risk `R` is its own expected loss, a mean over all real rows that have not been asked
+    A row's score is `R(D) - sum_c p_c R(D + (x, c))`, how much its risk is expected to fall: the learner adapts from
+    the meta-parameters to the labelled rows and this one with label `c`; its risk `R` is its own expected loss, a mean over all real rows that have not been asked
     for, the row itself among them, so that the risks of all rows are means over the same rows. With `p'` the refitted
     prediction the risk is the mean entropy of `p'` for `"log"`, the mean of `1 - max p'` for `"zero_one"`; `p` is the
     current prediction of the row. Committees are judged by their consensus. All refits use one key, so that they
@@ -77,7 +77,8 @@ def expected_error_reduction(learner: Learner, *, loss: Loss = "log", chunk: int
       chunk: rows refitted side by side, each with `c` labels; memory grows with `chunk * c` predictions of the pool.
 
     Returns:
-      A scorer, `[n]`, minus the expected loss.
+      A scorer, `[n]`, the expected fall of the risk (below 0 where labelling is expected to make the learner less
+      sure), so that `stopping.not_worth_it` can weigh it against the cost.
 
     Raises:
       ValueError: for an unknown loss or a chunk below 1.
@@ -96,9 +97,11 @@ def expected_error_reduction(learner: Learner, *, loss: Loss = "log", chunk: int
         return entropy_of(log_probs) if loss == "log" else -jnp.expm1(log_probs.max(-1))
 
     def scorer(key: Array, view: PoolView) -> Array:
-        probs = jnp.exp(consensus(view.prediction.logits))
+        log_probs = consensus(view.prediction.logits)
+        probs = jnp.exp(log_probs)
         n, classes = probs.shape
         rest = ((view.weight > 0) & ~view.queried).astype(jnp.float32)
+        now = weighted_mean(expected_loss(log_probs), rest)
         room = pad_batch(view.labelled, rows_of(view.labelled) + 1)
 
         def risk(position: Array, label: Array) -> Array:
@@ -108,7 +111,7 @@ def expected_error_reduction(learner: Learner, *, loss: Loss = "log", chunk: int
 
         def score(position: Array) -> Array:
             risks = jax.vmap(risk, in_axes=(None, 0))(position, jnp.arange(classes))
-            return -jnp.where(probs[position] > 0, probs[position] * risks, 0.0).sum()
+            return now - jnp.where(probs[position] > 0, probs[position] * risks, 0.0).sum()
 
         position = jnp.nonzero(view.available, size=n, fill_value=0)[0]
         count = view.available.sum()

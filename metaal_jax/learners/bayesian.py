@@ -148,7 +148,7 @@ def laplace(
         probs, z = lax.stop_gradient((jax.nn.softmax(prediction.logits[0]), prediction.embedding[0]))
         z = jnp.concatenate([z, jnp.ones((z.shape[0], 1))], axis=1)
         noise = jax.random.normal(head_key, (members, z.shape[1], probs.shape[1]))
-        offset = spread(probs, z, batch.weight, prior_precision, noise)
+        offset = spread(probs, z, lax.stop_gradient(batch.weight), prior_precision, noise)
         return {**params, "heads": {"kernel": head["kernel"] + offset[:, :-1], "bias": head["bias"] + offset[:, -1]}}
 
     def predict(params: PyTree, x: PyTree, /) -> Prediction:
