@@ -39,9 +39,9 @@ def epig(learner: Learner | None = None, *, k: int, targets: int = 200) -> Polic
 
     The targets are `targets` random rows of the pool that have not been asked for, or, with a learner, rows of one's
     own: the policy's parameters (its `policy_params`, leaves `[t, ...]` like the pool's), which the learner predicts
-    from the parameters of the view. The members of both predictions must be the same draws, so those of a learner must be fixed by its
-    parameters, as those of `committee`, `mc_dropout` and `laplace` are. A cold start changes nothing: what the members
-    say then counts.
+    from the parameters of the view. The members of both predictions must be the same draws, so those of a learner must
+    be fixed by its parameters, as those of `committee`, `mc_dropout` and `laplace` are. A cold start changes nothing:
+    what the members say then counts.
 
     Args:
       learner: predicts the targets given as policy parameters; None for targets from the pool.

@@ -62,11 +62,11 @@ def expected_error_reduction(learner: Learner, *, loss: Loss = "log", chunk: int
     """The rows after whose labelling the learner expects the smallest loss on the rest of the pool.
 
     A row's score is `R(D) - sum_c p_c R(D + (x, c))`, how much its risk is expected to fall: the learner adapts from
-    the meta-parameters to the labelled rows and this one with label `c`; its risk `R` is its own expected loss, a mean over all real rows that have not been asked
-    for, the row itself among them, so that the risks of all rows are means over the same rows. With `p'` the refitted
-    prediction the risk is the mean entropy of `p'` for `"log"`, the mean of `1 - max p'` for `"zero_one"`; `p` is the
-    current prediction of the row. Committees are judged by their consensus. All refits use one key, so that they
-    differ by the label and not by chance.
+    the meta-parameters to the labelled rows and this one with label `c`; its risk `R` is its own expected loss, a mean
+    over all real rows that have not been asked for, the row itself among them, so that the risks of all rows are means
+    over the same rows. With `p'` the refitted prediction the risk is the mean entropy of `p'` for `"log"`, the mean of
+    `1 - max p'` for `"zero_one"`; `p` is the current prediction of the row. Committees are judged by their consensus.
+    All refits use one key, so that they differ by the label and not by chance.
 
     The cost is `n * c` adaptations: use it on a part of the pool, `subsampled(...)`. Rows that cannot be asked for are
     not refitted and get the lowest score of the others. A cold start is nothing special: each refit sees one row.
