@@ -196,6 +196,26 @@ def test_heads_are_drawn_around_the_adapted_one(key, hessian):
     np.testing.assert_allclose(np.asarray(nothing["kernel"]).std(0), 0.5, rtol=0.08)  # the prior's
 
 
+@pytest.mark.parametrize("hessian", ["kron", "full"])
+def test_gradients_of_weights_pass_through_the_mean_alone(key, hessian):
+    """Equal eigenvalues (here of empty columns) have no derivative; the spread must not be asked for it."""
+    plain = learners.fine_tune(models.MLP(3, hidden=()), optimizer=optax.sgd(0.1), steps=3)
+    learner, batch = learners.laplace(plain, members=3, hessian=hessian), example(key)
+    batch = batch._replace(x=batch.x.at[:, :3].set(0.0))
+    meta = learner.init(key, batch.x)
+
+    @jax.jit
+    @jax.grad
+    def gradient(weight):
+        params = learner.adapt(key, meta, batch._replace(weight=weight))
+        return (learner.predict(params, batch.x).logits ** 2).sum()
+
+    for weight in (batch.weight, jnp.full_like(batch.weight, 0.5)):
+        got = np.asarray(gradient(weight))
+        assert np.isfinite(got).all()
+        assert (got != 0).any()
+
+
 @pytest.mark.parametrize("name", SPREADS)
 @pytest.mark.parametrize("size", [0.0, 1e-4, 1e2, 1e4])
 @pytest.mark.parametrize("sure", [0.0, 1.0, 1e4])

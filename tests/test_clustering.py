@@ -141,6 +141,21 @@ def test_typiclust_takes_the_most_typical_of_the_largest_new_clusters(key):
     assert all(len(set(group[np.asarray(pick.index)])) >= 2 for pick in picks)
 
 
+def test_typiclust_leaves_out_small_clusters(key):
+    """Two rows far from all others make a cluster, which is asked only when told so."""
+    rng = np.random.default_rng(3)
+    group = np.repeat([0, 1, 2], (12, 10, 2))
+    embedding = jnp.asarray(np.eye(3)[group] + 0.02 * rng.normal(size=(24, 3)), jnp.float32)[None]
+    view = make_view(0, n=24, capacity=3)
+    view = view._replace(prediction=view.prediction._replace(embedding=embedding))
+    asked = {
+        smallest: [set(group[np.asarray(rule(one, view).index)].tolist()) for one in jax.random.split(key, 6)]
+        for smallest, rule in ((n, run(acquisition.typiclust(k=3, neighbours=3, smallest=n))) for n in (6, 1))
+    }
+    assert all(2 not in groups for groups in asked[6])
+    assert sum(groups == {0, 1, 2} for groups in asked[1]) >= 3
+
+
 def test_typiclust_returns_to_clusters_with_the_fewest_labels(key):
     """Four groups, five labels: the next picks go to the groups with one label, from the largest."""
     rule = TYPICAL["four clusters"]

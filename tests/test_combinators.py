@@ -298,6 +298,11 @@ def test_a_budget_in_units_of_cost(key):
         poor.init(key, meta, (), problem)
     state = jax.jit(lambda: poor.init(key, meta, (), problem))()  # inside a program: nothing is ever asked
     assert not poor.ask(key, meta, (), state, problem)[0].valid.any()
+    start = tasks.problem(x, y, x, y, cost=cost, initial=jnp.asarray([3, 6]))
+    with pytest.raises(ValueError, match=r"the initial set costs 9.0, more than the budget of 4"):
+        active_learner(NEAREST, policy, capacity=8, budget=4.0).init(key, meta, (), start)
+    with pytest.raises(ValueError, match=r"costs must not be negative, got -5"):
+        active.init(key, meta, (), problem._replace(cost=-cost))
     for bad in (-cost, cost.at[0].set(jnp.nan), cost[:3]):
         with pytest.raises(ValueError, match="cost"):
             tasks.problem(x, y, x, y, cost=bad)
