@@ -205,7 +205,9 @@ def show(found: list[dict]) -> None:
 def environment() -> dict:
     """Versions and device, as they stand in every result."""
     versions = {"python": platform.python_version()}
-    for name in ("metaal_jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch"):
+    ours = ("metaal_jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch")
+    peers = ("scikit-learn", "scikit-activeml", "baal", "batchbald_redux")
+    for name in (*ours, *peers):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

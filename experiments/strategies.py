@@ -12,7 +12,9 @@ program. A linear layer is trained on the embedding after every batch; strategie
 its Laplace posterior, and all are judged by the single linear layer. The cold start is part of the comparison: each
 strategy chooses its first batch itself, by a model that knows no label. Then the five best adapt the whole network.
 
-Figures and times: experiments/results/strategies/ and the table in the README.
+Expected: area up to 100 labels of 89.4 % for max_herding, 88.9 for typiclust, 82.5 for margin, 81.1 for random, 90.4
+for the oracle (plain, meta-learned embedding, batches of ten). 34 minutes on two cores without meta-training. All
+figures: experiments/results/strategies/ and the README.
 """
 
 import dataclasses

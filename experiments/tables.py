@@ -95,8 +95,9 @@ def strategy_ranks(most: int | None = None) -> str:
     ranks = {(r["strategy"], r["learner"], r["labels"]): r for r in result["rows"] if r["metric"] == "mean_rank"}
     columns = sorted({(e, n) for _, e, n in ranks}, key=lambda c: (c[1], c[0]))
     first = ("meta", max(n for _, n in columns)) if ("meta", max(n for _, n in columns)) in columns else columns[-1]
-    names = sorted({name for name, _, _ in ranks}, key=lambda n: ranks[n, *first]["mean"] if (n, *first) in ranks else
-                   1e3)  # fmt: skip
+    # Those that stop at fewer labels come last, by their rank there.
+    place = lambda name: [ranks[name, *c]["mean"] if (name, *c) in ranks else 1e3 for c in (first, columns[0])]  # noqa: E731
+    names = sorted({name for name, _, _ in ranks}, key=lambda name: (*place(name), name))
     cell = lambda r: f"{r['mean']:.1f} ± {(r['high'] - r['low']) / 2:.1f}" if r else ""  # noqa: E731
     lines = [[name, *[cell(ranks.get((name, *column))) for column in columns]] for name in names]
     header = ["strategy", *[f"{e}, up to {n}" for e, n in columns]]

@@ -247,6 +247,18 @@ def test_a_mistake_is_one_line_with_its_remedy(attempt, tmp_path, name):
     assert not (tmp_path / "run").exists()  # nothing is begun that cannot be done
 
 
+def test_strategies_by_name(script, tmp_path, capfd):
+    """Pointwise, joint, committee's and costly ones, an oracle that needs rows of its own, in other spellings too."""
+    config = script.Config(**{
+        **SMALL, "learners": "logistic", "strategies": "random,badge,typiclust,batchbald,oracle", "seeds": 1,
+        "logistic_steps": 5, "out": str(tmp_path / "run"),
+    })  # fmt: skip
+    script.job(config)
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    found = {row["strategy"] for row in rows if row["metric"] == "accuracy" and row["labels"] == 20}
+    assert found == {"random", "badge", "typiclust", "batchbald", "oracle"}
+
+
 def unfinished(whole, path):
     """A run folder that lacks its last piece of meta-training and all of active learning."""
     shutil.copytree(whole[0], path)
