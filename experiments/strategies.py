@@ -128,9 +128,9 @@ class Plan(NamedTuple):
 
     def cells(self):
         """All cells in the order in which they are run."""
-        for strategy, k, budget in self.programs:
+        for strategy, k, _ in self.programs:
             for embedding, condition in self.places:
-                yield Cell(embedding, condition, k, strategy), budget
+                yield Cell(embedding, condition, k, strategy)
 
 
 def make_plan(config: Config) -> Plan:
@@ -296,7 +296,7 @@ def _records(cell: Cell, test: Score, y: np.ndarray, k: int, classes: int) -> li
 
 def run_cells(config: Config, plan: Plan, classes: int, problems: dict, folder: RunFolder) -> dict[Cell, list[dict]]:
     """All cells, a step of the run folder each; as many programs at a time as there are cores to run them."""
-    cells = [cell for cell, _ in plan.cells()]
+    cells = list(plan.cells())
     work = []
     for program in plan.programs:
         wanted = [c for c in cells if (c.strategy, c.batch) == program[:2] and not folder.done(c.step())]

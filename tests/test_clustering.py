@@ -8,7 +8,7 @@ from sklearn.cluster import KMeans
 
 from metaal_jax import acquisition
 from metaal_jax.acquisition.clustering import nearest
-from views import make_view
+from views import make_view, run
 
 SIZES = (14, 11, 8, 6)  # rows of four groups that k-means cannot mistake
 
@@ -83,10 +83,6 @@ def test_nearest_in_chunks(key):
     between[:, 3] = np.inf
     np.testing.assert_allclose(between[np.arange(5000), got], between.min(1), rtol=1e-5)
     assert not (got == 3).any()
-
-
-def run(rule):
-    return jax.jit(lambda key, view: rule.act((), rule.begin((), key, view), key, view)[0])
 
 
 MEANS = run(acquisition.k_means(k=2))

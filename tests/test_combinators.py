@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import rankdata
 
 from metaal_jax import Learner, Prediction, acquisition, check_policy, tasks
-from metaal_jax.acquisition.combinators import descending_rank
+from metaal_jax.acquisition.lifts import descending_rank
 from metaal_jax.loop import active_learner
 from views import make_view, probabilities, reorder
 

@@ -10,13 +10,9 @@ from scipy import optimize
 
 from metaal_jax import acquisition
 from metaal_jax.acquisition.clustering import draw
-from views import make_view, probabilities
+from views import make_view, probabilities, run
 
 K = 5
-
-
-def run(rule):
-    return jax.jit(lambda key, view: rule.act((), rule.begin((), key, view), key, view)[0])
 
 
 def pool(seed, **options):

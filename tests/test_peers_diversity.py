@@ -21,7 +21,7 @@ with warnings.catch_warnings():
     from skactiveml.pool import Badge, CoreSet, DiscriminativeAL, MaxHerding, ProbCover, TypiClust
 
 from metaal_jax import acquisition
-from views import make_view, probabilities
+from views import make_view, probabilities, run
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
@@ -53,10 +53,6 @@ def pool(seed=0, *, labelled=LABELLED, embedding=None, unit=False):
     y = np.full(N, np.nan)
     y[list(labelled)] = np.arange(len(labelled)) % 2
     return view, z, y
-
-
-def run(rule):
-    return jax.jit(lambda key, view: rule.act((), rule.begin((), key, view), key, view)[0])
 
 
 def test_k_center_is_core_set(key):

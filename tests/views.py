@@ -48,3 +48,8 @@ def reorder(view, order):
     moved = {name: getattr(view, name)[order] for name in ("x", "row", "weight", "queried", "cost")}
     moved_index = jnp.asarray(np.where(index >= 0, place[index], -1))
     return view._replace(**moved, prediction=prediction, labelled_index=moved_index)
+
+
+def run(rule):
+    """The first decision of a rule without parameters: a compiled `(key, view) -> Decision`."""
+    return jax.jit(lambda key, view: rule.act((), rule.begin((), key, view), key, view)[0])

@@ -4,14 +4,12 @@ A scorer is a pure function `(key, view) -> [n]`, higher = query first. It may s
 the lifts leave those out.
 """
 
+from metaal_jax.acquisition.batches import class_balanced, diverse, stochastic_top_k
 from metaal_jax.acquisition.clustering import cluster_balanced, k_means, kmeans, typiclust
 from metaal_jax.acquisition.combinators import (
-    class_balanced,
-    diverse,
     epsilon_mixture,
     per_cost,
     product_of_ranks,
-    stochastic_top_k,
     subsampled,
     sum_of_ranks,
     switch_at,

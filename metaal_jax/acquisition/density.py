@@ -33,8 +33,8 @@ def density(key: Array, view: PoolView) -> Array:
 def density_weighted(scorer: Scorer, *, beta: float | Array = 1.0) -> Scorer:
     """Information density: a score that is not negative, times `density ** beta`.
 
-    A sure way not to ask for outliers. Densities below 0 count as 0. Scores must not be negative: `entropy`, `ratio`
-    and `bald` are fit for it; those of `margin` and `least_confident`, at most 0, would prefer outliers.
+    A sure way not to ask for outliers. Densities below 0 count as 0. Scores must not be negative: `entropy`,
+    `least_confident`, `ratio` and `bald` are fit for it; that of `margin`, at most 0, would prefer outliers.
 
     Args:
       scorer: what is weighed.

@@ -88,9 +88,7 @@ def typical(*, k: int, neighbours: int = 20, anchors: int = 1000) -> Policy:
             return jnp.minimum(novelty, jnp.sqrt(distance))
 
         # 2 is the largest distance of unit vectors: before any label all rows are equally new.
-        covered = squared_distances(embedding, embedding[view.labelled_index])
-        covered = jnp.where(view.labelled_index >= 0, jnp.sqrt(covered), 2.0)
-        novelty = jnp.minimum(covered.min(-1, initial=2.0), 2.0)
+        novelty = jnp.minimum(jnp.sqrt(distance_to_labelled(embedding, view)), 2.0)
         return pick_in_turn(key, view, k, novelty, lambda novelty: typicality * novelty, cover)
 
     return fixed_rule(act, begin)

@@ -69,6 +69,18 @@ def select_top(key: Array, scores: Array, available: Array, row: Array, k: int) 
     return index.astype(jnp.int32), available[index]
 
 
+def descending_rank(scores: Array, available: Array) -> Array:
+    """Rank of each score among the available rows, 1 for the highest, float32 `[n]`; ties share their mean rank.
+
+    Rows that are not available get the rank behind all others.
+    """
+    count = available.sum()
+    ordered = jnp.sort(jnp.where(available, -scores, jnp.inf))
+    low = jnp.searchsorted(ordered, -scores, side="left")
+    high = jnp.minimum(jnp.searchsorted(ordered, -scores, side="right"), count)
+    return jnp.where(available, 0.5 * (low + 1 + high), count + 1.0).astype(jnp.float32)
+
+
 def pick_in_turn(
     key: Array,
     view: PoolView,
