@@ -168,6 +168,32 @@ def growing(
     return sample
 
 
+def supervised(*, rows: int, rotations: bool = False) -> Callable[[Array, ClassData], Task]:
+    """Mini-batches of a whole set with its own class numbers, in the form of tasks: for plain supervised training.
+
+    Args:
+      rows: of a mini-batch, drawn evenly and with replacement.
+      rotations: as in `few_shot`; class `j` turned by `i` quarter turns is class `i * classes + j`.
+
+    Returns:
+      A sampler `(key, data) -> Task` whose support is empty (one row of weight 0) and whose query is the mini-batch.
+
+    Raises:
+      ValueError: for `rows < 1`.
+    """
+    require(rows >= 1, f"supervised: rows must be at least 1, got {rows}")
+
+    def sample(key: Array, data: ClassData) -> Task:
+        row_key, turn_key = jax.random.split(key)
+        row = jax.random.randint(row_key, (rows,), 0, data.y.shape[0])
+        turn = jax.random.randint(turn_key, (rows,), 0, 4) if rotations else None
+        x = _gather(data, row, turn)
+        y = data.y[row] if turn is None else turn * data.count.shape[0] + data.y[row]
+        return Task(support=empty_batch(x, 1), query=Batch(x=x, y=y, weight=jnp.ones(rows)))
+
+    return sample
+
+
 def mixture(samplers: list[Callable], weights: list[float]) -> Callable[[Array, tuple], Task]:
     """A sampler that draws each task from one of several samplers, given a tuple of their data.
 

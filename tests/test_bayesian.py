@@ -44,7 +44,11 @@ def test_learners_keep_the_contract(key, name):
 
 def test_a_loss_with_noise_gets_a_key_in_each_step(key):
     got = inner_loop(
-        lambda p, key: p * jax.random.normal(key), jnp.zeros(()), optimizer=optax.sgd(1.0), steps=3, key=key
+        lambda p, key: p * jax.random.normal(key),
+        jnp.zeros(()),
+        optimizer=optax.sgd(1.0),
+        steps=3,
+        each=jax.random.split(key, 3),
     )
     np.testing.assert_allclose(got, -sum(jax.random.normal(k) for k in jax.random.split(key, 3)), rtol=1e-5)
 

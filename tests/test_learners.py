@@ -299,7 +299,7 @@ def test_prototypes_take_their_steps_on_the_centred_embedding(key):
         absent = member.sum(0) == 0
         head = {
             "kernel": 0.5 * means.T,
-            "bias": jnp.where(absent, learners.gradient.ABSENT, -0.25 * (means**2).sum(-1)),
+            "bias": jnp.where(absent, learners.heads.ABSENT, -0.25 * (means**2).sum(-1)),
         }
         params = {"params": {**meta["params"], "head": head}}
 
@@ -336,7 +336,7 @@ def test_prototype_head_is_the_nearest_prototype(key):
     x_key, z_key = jax.random.split(key)
     embedding, rows = (np.asarray(jax.random.normal(k, (9, 4))) for k in (x_key, z_key))
     y, weight = np.asarray([0, 0, 0, 1, 1, 0, 1, 2, 2]), np.asarray([1, 1, 2, 1, 0.5, 1, 1, 0, 0], np.float32)
-    head = learners.gradient.prototype_head(embedding, y, weight, 3, temperature=0.3)
+    head = learners.heads.prototype_head(embedding, y, weight, 3, temperature=0.3)
     centres = [(weight * (y == c)) @ embedding / (weight * (y == c)).sum() for c in range(2)]
     wanted = np.asarray([[-0.15 * ((z - centre) ** 2).sum() for centre in centres] for z in rows])
     got = rows @ np.asarray(head["kernel"]) + np.asarray(head["bias"])

@@ -9,7 +9,8 @@ import optax
 from jax import Array, lax
 
 from metaal_jax.base import Batch, Learner, Metrics, Prediction, PyTree, Task, require
-from metaal_jax.learners.gradient import fine_tune, inner_loop
+from metaal_jax.learners.gradient import inner_loop
+from metaal_jax.learners.maml import fine_tune
 from metaal_jax.losses import accuracy, cross_entropy
 
 EXACT = lax.Precision.HIGHEST  # full float32, which graphics cards do not take by default
@@ -68,7 +69,7 @@ def mc_dropout(
             origin,
             optimizer=optimizer,
             steps=steps,
-            key=step_key,
+            each=jax.random.split(step_key, steps),
             unroll=unroll,
         )
         labelled = batch.weight.sum() > 0

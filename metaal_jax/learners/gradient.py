@@ -1,18 +1,32 @@
-"""Learners that adapt by gradient steps: MAML and plain fine-tuning."""
+"""Adaptation by gradient steps: the inner loop of MAML's family."""
 
-from collections.abc import Callable
-from typing import Literal, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 
-from metaal_jax.base import Batch, Learner, Metrics, Prediction, PyTree, Task, require, take
-from metaal_jax.losses import accuracy, cross_entropy
+from metaal_jax.base import Batch, PyTree, require, rows_of, take
+from metaal_jax.learners.adaptation import (
+    HYPER,
+    Adaptation,
+    apply,
+    init_of,
+    judge_of,
+    labelled_or,
+    predict_of,
+    support_statistics,
+    without,
+)
+from metaal_jax.learners.heads import prototype_head
+from metaal_jax.losses import cross_entropy
 
-ABSENT = -1e3  # logit of a class without a prototype
+LEARNABLE = ("decay", "proximal", "temperature", "steps")
+OPEN = 3.0  # logit at which a learned step starts: 95 % of it is taken
 
 
 def inner_loop(
@@ -21,8 +35,10 @@ def inner_loop(
     *,
     optimizer: optax.GradientTransformation,
     steps: int,
-    key: Array | None = None,
+    each: PyTree = None,
+    factors: PyTree = None,
     first_order: bool = False,
+    path: bool = False,
     remat: bool = False,
     unroll: int | bool = 1,
 ) -> PyTree:
@@ -33,198 +49,363 @@ def inner_loop(
       params: where to start.
       optimizer: any Optax transformation; its state starts afresh.
       steps: number of steps, static.
-      key: for a loss with noise, `loss(params, key)`, which gets a key of its own in each step; None for
-        `loss(params)`.
+      each: what differs between steps (keys, ...), leaves `[steps, ...]`: step `i` descends `loss(params, each[i])`;
+        None for `loss(params)`.
+      factors: what each step's update is multiplied by, leaves `[steps, ...]` that broadcast against those of `params`.
       first_order: treats each step's gradient as a constant (FOMAML).
-      remat: recomputes a step in the backward pass instead of storing it (`jax.checkpoint`).
+      path: gives the parameters after every step.
+      remat: recomputes a step in the backward pass instead of storing it (`jax.checkpoint`), so that memory holds
+        the parameters of every step but the activations of one. It needs a loop: of steps unrolled beside each other
+        XLA merges what is computed twice, and keeps it.
       unroll: as in `lax.scan`; unrolled steps run faster under a gradient and compile more slowly.
 
     Returns:
-      Parameters with the structure of `params`.
+      Parameters with the structure of `params`; with `path` leaves `[steps, ...]`.
+
+    Raises:
+      ValueError: for `remat` of unrolled steps.
     """
+    _check_remat(remat, unroll)
 
-    keys = None if key is None else jax.random.split(key, steps)
-
-    def step(carry: tuple[PyTree, PyTree], key: Array | None) -> tuple[tuple[PyTree, PyTree], None]:
+    def step(carry: tuple[PyTree, PyTree], now: tuple[PyTree, PyTree]) -> tuple[tuple[PyTree, PyTree], PyTree]:
         params, state = carry
-        grads = jax.grad(loss)(params) if key is None else jax.grad(loss)(params, key)
+        item, factor = now
+        grads = jax.grad(loss)(params) if item is None else jax.grad(loss)(params, item)
         if first_order:
             grads = lax.stop_gradient(grads)
         updates, state = optimizer.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), None
+        if factor is not None:
+            updates = jax.tree.map(jnp.multiply, updates, factor)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params if path else None
 
     if remat:
         step = jax.checkpoint(step, prevent_cse=False)
-    (params, _), _ = lax.scan(step, (params, optimizer.init(params)), keys, length=steps, unroll=unroll)
-    return params
+    (params, _), after = lax.scan(step, (params, optimizer.init(params)), (each, factors), length=steps, unroll=unroll)
+    return after if path else params
 
 
-def prototype_head(
-    embedding: Array, y: Array, weight: Array, classes: int, *, temperature: float | Array = 1.0
-) -> PyTree:
-    """A linear layer whose logits are minus half the squared distances to the class prototypes, times `temperature`.
-
-    A prototype is the weighted mean of its class's embeddings. Logit `j` of row `z` is `z.c_j - |c_j|^2 / 2`, which
-    equals `-|z - c_j|^2 / 2` up to a term shared by all classes. A class without a label has no prototype; its logit
-    is `ABSENT`, below all others. Distances grow with the embedding's size, so a large embedding wants a small
-    temperature.
-
-    Reference: Snell, Swersky, Zemel: Prototypical Networks, 2017; Triantafillou et al.: Meta-Dataset
-    (Proto-MAML), 2020.
-    """
-    member = jax.nn.one_hot(y, classes, dtype=embedding.dtype) * weight[:, None]
-    count = member.sum(0)
-    centres = (member.T @ embedding) / jnp.where(count > 0, count, 1.0)[:, None]
-    bias = jnp.where(count > 0, -0.5 * temperature * (centres**2).sum(-1), ABSENT)
-    return {"kernel": temperature * centres.T, "bias": bias}
-
-
-def maml(
+def gradient_steps(
     model: nn.Module,
     *,
     inner: optax.GradientTransformation,
     steps: int,
-    first_order: bool = False,
+    adapted: Literal["all", "head", "body"] = "all",
     head: Literal["meta", "prototypes"] = "meta",
     temperature: float | Array = 1.0,
+    decay: float | Array = 0.0,
+    proximal: float | Array = 0.0,
+    rates: Literal["tensor", "parameter"] | None = None,
+    per_step: bool = False,
+    learn: Sequence[str] = (),
+    per_step_norm: bool = False,
+    statistics: Literal["batch", "support"] = "batch",
+    minibatch: int | None = None,
+    microbatch: int | None = None,
     remat: bool = False,
     unroll: int | bool = 1,
-) -> Learner:
-    """Model-agnostic meta-learning: an initialisation from which a few gradient steps fit a new task.
+) -> Adaptation:
+    """Adaptation by `steps` steps of `inner` down the cross entropy of the labelled rows, from the meta-parameters.
 
-    `adapt` takes `steps` steps of `inner` on the labelled rows from the meta-parameters (or from `start`);
-    `meta_grad` is the gradient of the query loss after them, through all steps, or first order. The derivative of
-    Adam-like inner optimisers is NaN where a gradient is exactly 0 (a constant input, a task without labels) unless
-    they are given `eps_root > 0`.
+    What is learned beside the initialisation stands in the meta-parameters' entry `inner`, and the outer loop trains it
+    with the rest.
 
     Args:
       model: a Flax module, see `metaal_jax.models`.
-      inner: the inner optimiser, any Optax transformation.
-      steps: inner steps; meta-training and later use may differ, the meta-parameters fit both.
-      first_order: treats the inner gradients as constants (FOMAML).
+      inner: the inner optimiser, any Optax transformation. The derivative of Adam-like ones is NaN where a gradient is
+        exactly 0 (a constant input, a task without labels) unless they are given `eps_root > 0`.
+      steps: inner steps; meta-training and later use may differ, unless something is learned per step.
+      adapted: `"all"` parameters, the last layer alone (`"head"`; the embedding is then computed once), or all others
+        (`"body"`). The last two need a last layer named `head`.
       head: `"meta"` starts the last layer from the meta-parameters; `"prototypes"` from the class means of the
         labelled rows' embeddings (Proto-MAML), which suits any number of labels per class. The steps then see the
         embedding less its mean over the labelled rows, since features after a ReLU share a large mean that would make
         the head's gradients all but parallel; the result is folded back into the head. It needs a last layer named
         `head` with a bias, and a warm start keeps the head it is given.
       temperature: factor on the prototype head's logits, > 0.
-      remat: recomputes inner steps in the backward pass.
+      decay: adds `decay / 2` times the squared norm of the adapted parameters to the objective.
+      proximal: adds `proximal / 2` times their squared distance from where they started.
+      rates: learns a factor on the updates of every tensor or every single parameter, from 1; may become negative.
+      per_step: learns such factors for each step.
+      learn: hyperparameters to learn, of `"temperature"`, `"decay"`, `"proximal"` (as logarithms, from the values
+        given, which must then be above 0) and `"steps"`: each step is taken with a weight between 0 and 1 that never
+        rises from step to step; their sum is the effective number of steps.
+      per_step_norm: learns scale and bias of norm layers for each step; the inner loop does not move them.
+      statistics: of `models.BatchNorm` layers when the adapted network predicts: those of the `"batch"` at hand
+        (transductive) or of the labelled rows (`"support"`). Each inner step always uses those of its labelled rows.
+      minibatch: rows drawn for each step, without replacement among those of weight; None for all.
+      microbatch: rows whose activations are held at a time in a step; None for all. The result is the same up to
+        rounding; refused for models that normalise by the batch.
+      remat: recomputes inner steps in the backward pass, see `inner_loop`; with `unroll=1`.
       unroll: of the scan over inner steps.
 
     Returns:
-      A `Learner` whose meta-parameters are the model's variables.
+      An `Adaptation`; make a `Learner` of it with `through`, `reptile_difference` or `implicit`.
 
     Raises:
-      ValueError: for `steps < 0`, `temperature <= 0` or an unknown `head`.
+      ValueError: for numbers out of range, unknown names or options that do not go together.
 
-    Reference: Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, 2017.
-
-    >>> import jax, optax
-    >>> from metaal_jax import learners, models
-    >>> learner = learners.maml(models.MLP(classes=3), inner=optax.sgd(0.1), steps=5)
-    >>> meta = learner.init(jax.random.key(0), jax.numpy.zeros((1, 8)))
-    >>> learner.predict(meta, jax.numpy.zeros((4, 8))).logits.shape
-    (1, 4, 3)
+    Reference: Finn, Abbeel, Levine: Model-Agnostic Meta-Learning, 2017; Li et al.: Meta-SGD, 2017 (`rates`); Antoniou,
+    Edwards, Storkey: How to Train Your MAML, 2019 (`per_step`, `per_step_norm`); Raghu et al.: Rapid Learning or
+    Feature Reuse, 2020 (`adapted`); Rajeswaran et al.: Meta-Learning with Implicit Gradients, 2019 (`proximal`).
     """
-    require(steps >= 0, f"maml: steps must be >= 0, got {steps}")
-    require(temperature > 0, f"maml: temperature must be > 0, got {temperature}")
-    if head not in ("meta", "prototypes"):
-        raise ValueError(f"maml: head must be 'meta' or 'prototypes', got {head!r}")
+    require(steps >= 0, f"steps must be >= 0, got {steps}")
+    _check_remat(remat, unroll)
+    require(temperature > 0, f"temperature must be > 0, got {temperature}")
+    require(decay >= 0, f"decay must be >= 0, got {decay}")
+    require(proximal >= 0, f"proximal must be >= 0, got {proximal}")
+    for name, value, allowed in (
+        ("adapted", adapted, ("all", "head", "body")),
+        ("head", head, ("meta", "prototypes")),
+        ("rates", rates, (None, "tensor", "parameter")),
+        ("statistics", statistics, ("batch", "support")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    if unknown := sorted(set(learn) - set(LEARNABLE)):
+        raise ValueError(f"learn: {unknown[0]!r} cannot be learned; choose from {LEARNABLE}")
+    given = {"temperature": temperature, "decay": decay, "proximal": proximal}
+    for name in given:
+        if name in learn:
+            require(given[name] > 0, f"a learned {name} starts from a value above 0, got {given[name]}")
+    if "temperature" in learn and head == "meta":
+        raise ValueError("temperature is that of prototypes; learn it with head='prototypes'")
+    if per_step and rates is None:
+        raise ValueError("per_step needs rates='tensor' or 'parameter'")
+    if (per_step or per_step_norm or "steps" in learn) and steps == 0:
+        raise ValueError("steps must be at least 1 where something is learned per step")
+    if head == "prototypes" and adapted == "body":
+        raise ValueError("adapted='body' keeps the meta-parameters' head; give head='meta'")
+    if minibatch is not None:
+        require(minibatch >= 1, f"minibatch must be at least 1, got {minibatch}")
+    if microbatch is not None:
+        require(microbatch >= 1, f"microbatch must be at least 1, got {microbatch}")
+        if getattr(model, "norm", None) == "batch":
+            raise ValueError("microbatch: a batch norm layer needs all rows at once; give another norm")
+    learned = tuple(name for name in LEARNABLE if name in learn)
+    per_parameter = (("rates",) if rates else ()) + (("norm",) if per_step_norm else ())
+
+    # Which parameters the inner loop moves; the tree keeps the variables' structure, for optimisers that read names.
+    def moves(name: tuple[str, ...]) -> bool:
+        if name[0] != "params" or (per_step_norm and _is_norm(name)):
+            return False
+        return adapted == "all" or (name[1] == "head") == (adapted == "head")
+
+    def free_of(variables: PyTree) -> PyTree:
+        return _only(variables, moves)
+
+    def init(key: Array, x: PyTree, /) -> PyTree:
+        variables = init_of(model)(key, x)
+        hyper: dict[str, Any] = {f"log_{name}": jnp.log(jnp.asarray(given[name])) for name in learned if name in given}
+        if "steps" in learned:
+            hyper["gates"] = jnp.full(steps, OPEN)
+        lead = (steps,) if per_step else ()
+        if rates is not None:
+            hyper["rates"] = jax.tree.map(
+                lambda leaf: jnp.ones(lead + (leaf.shape if rates == "parameter" else ()), leaf.dtype),
+                free_of(variables),
+            )
+        if per_step_norm:
+            norm = _only(variables, _is_norm)
+            if not norm:
+                raise ValueError(f"per_step_norm: {type(model).__name__} has no norm layer")
+            hyper["norm"] = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (steps + 1, *leaf.shape)), norm)
+        return {**variables, HYPER: hyper} if hyper else variables
+
+    def current(hyper: PyTree, name: str) -> float | Array:
+        return jnp.exp(hyper[f"log_{name}"]) if name in learned else given[name]
+
+    def embed(variables: PyTree, batch: Batch) -> Array:
+        if microbatch is None:
+            return apply(model, variables, batch.x, batch.weight)[1]
+        chunks, _ = _chunks(batch, microbatch)
+        _, embedding = lax.map(jax.checkpoint(lambda part: apply(model, variables, part.x, part.weight)), chunks)
+        return embedding.reshape(-1, embedding.shape[-1])[: rows_of(batch)]
+
+    def begin(meta: PyTree, batch: Batch, start: PyTree = None) -> InnerProblem:
+        hyper = meta.get(HYPER, {})
+        origin = without((HYPER,), meta) if start is None else without(("batch_stats",), start)
+        variables, centre = origin, None
+        if per_step_norm:
+            variables = _merge(variables, jax.tree.map(lambda leaf: leaf[0], hyper["norm"]))
+        made = head == "prototypes" and start is None
+        z = None
+        if made or adapted == "head":
+            z = embed(variables, batch)
+        if made and z is not None:
+            total = batch.weight.sum()
+            centre = (batch.weight @ z) / jnp.where(total > 0, total, 1.0)
+            classes = variables["params"]["head"]["bias"].shape[0]
+            last = prototype_head(z - centre, batch.y, batch.weight, classes, temperature=current(hyper, "temperature"))
+            variables = {**variables, "params": {**variables["params"], "head": last}}
+        return InnerProblem(batch, origin, hyper, variables, z if adapted == "head" else None, centre)
+
+    def fit(variables: PyTree, batch: Batch, embedding: Array | None) -> Array:
+        """The cross entropy of labelled rows; `embedding` is theirs where the body stays as it is."""
+        if embedding is not None:
+            last = variables["params"]["head"]
+            return cross_entropy(embedding @ last["kernel"] + last["bias"], batch.y, batch.weight)
+
+        def loss(rows: Batch) -> Array:
+            return cross_entropy(apply(model, variables, rows.x, rows.weight)[0], rows.y, rows.weight)
+
+        if microbatch is None:
+            return loss(batch)
+
+        def add(total: Array, part: tuple[Batch, Array]) -> tuple[Array, None]:
+            return total + part[1] * loss(part[0]), None
+
+        chunks = _chunks(batch, microbatch)
+        weight = batch.weight.sum()
+        total, _ = lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.zeros_like(weight), chunks)
+        return total / jnp.where(weight > 0, weight, 1.0)
+
+    def loss_of(free: PyTree, problem: InnerProblem, rows: Batch, embedding: Array | None, norm: PyTree) -> Array:
+        variables = uncentred(_merge(_merge(problem.variables, free), norm), problem.centre)
+        total = fit(variables, rows, embedding)
+        if "decay" in learned or not _is_zero(decay):
+            total += 0.5 * current(problem.hyper, "decay") * _squares(free)
+        if "proximal" in learned or not _is_zero(proximal):
+            moved = jax.tree.map(jnp.subtract, free, free_of(problem.variables))
+            total += 0.5 * current(problem.hyper, "proximal") * _squares(moved)
+        return total
+
+    def objective(free: PyTree, problem: InnerProblem) -> Array:
+        return loss_of(free, problem, problem.batch, problem.embedding, {})
+
+    def solve(key: Array, problem: InnerProblem, *, first_order: bool = False, path: bool = False) -> PyTree:
+        batch, hyper = problem.batch, problem.hyper
+        first = free_of(problem.variables)
+        each: dict[str, Any] = {}
+        if minibatch is not None:
+            each["key"] = jax.random.split(key, steps)
+        if per_step_norm:
+            each["norm"] = jax.tree.map(lambda leaf: leaf[:steps], hyper["norm"])
+
+        def loss(free: PyTree, now: PyTree = None) -> Array:
+            rows, embedding = batch, problem.embedding
+            if minibatch is not None:
+                index = _draw(now["key"], batch.weight, min(minibatch, rows_of(batch)))
+                rows, embedding = take(batch, index), None if embedding is None else embedding[index]
+            return loss_of(free, problem, rows, embedding, now["norm"] if per_step_norm else {})
+
+        factors = None
+        if rates is not None:
+            factors = hyper["rates"]
+            if not per_step:
+                factors = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (steps, *leaf.shape)), factors)
+        if "steps" in learned:
+            gates = jnp.exp(jnp.cumsum(jax.nn.log_sigmoid(hyper["gates"])))
+            ungated = jax.tree.map(lambda leaf: jnp.ones(steps), first) if factors is None else factors
+            factors = jax.tree.map(lambda leaf: leaf * gates.reshape((-1,) + (1,) * (leaf.ndim - 1)), ungated)
+        return inner_loop(
+            loss,
+            first,
+            optimizer=inner,
+            steps=steps,
+            each=each or None,
+            factors=factors,
+            first_order=first_order,
+            path=path,
+            remat=remat,
+            unroll=unroll,
+        )
+
+    def assemble(free: PyTree, problem: InnerProblem, *, step: Array | int | None = None) -> PyTree:
+        params = uncentred(_merge(problem.variables, free), problem.centre)
+        if per_step_norm:
+            last = steps if step is None else step
+            params = _merge(params, jax.tree.map(lambda leaf: leaf[last], problem.hyper["norm"]))
+        params = labelled_or(problem.batch, params, problem.origin)
+        return support_statistics(model, params, problem.batch) if statistics == "support" else params
 
     def adapt(key: Array, meta: PyTree, batch: Batch, /, *, unlabelled: PyTree = None, start: PyTree = None) -> PyTree:
-        del key, unlabelled
-        origin = meta if start is None else start
-        begin, centre = origin, None
-        if head == "prototypes" and start is None:
-            _, embedding = _apply(model, meta, batch.x, batch.weight)
-            total = batch.weight.sum()
-            centre = (batch.weight @ embedding) / jnp.where(total > 0, total, 1.0)
-            last = meta["params"]["head"]
-            made = prototype_head(
-                embedding - centre, batch.y, batch.weight, last["bias"].shape[0], temperature=temperature
-            )
-            begin = {**meta, "params": {**meta["params"], "head": made}}
+        del unlabelled
+        problem = begin(meta, batch, start)
+        return assemble(solve(key, problem), problem)
 
-        def uncentred(params: PyTree) -> PyTree:
-            if centre is None:
-                return params
-            head = params["params"]["head"]
-            head = {**head, "bias": head["bias"] - centre @ head["kernel"]}
-            return {**params, "params": {**params["params"], "head": head}}
-
-        def loss(params: PyTree) -> Array:
-            logits, _ = _apply(model, uncentred(params), batch.x, batch.weight)
-            return cross_entropy(logits, batch.y, batch.weight)
-
-        params = inner_loop(
-            loss, begin, optimizer=inner, steps=steps, first_order=first_order, remat=remat, unroll=unroll
-        )
-        params = uncentred(params)
-        # Without a label there is nothing to adapt to, whatever weight decay would do.
-        labelled = batch.weight.sum() > 0
-        return jax.tree.map(lambda new, old: jnp.where(labelled, new, old), params, origin)
-
-    def meta_grad(key: Array, meta: PyTree, task: Task, /, *, step: Array) -> tuple[PyTree, Metrics]:
-        del step
-
-        def query_loss(meta: PyTree) -> tuple[Array, Metrics]:
-            return _judge(model, adapt(key, meta, task.support), task.query)
-
-        return jax.grad(query_loss, has_aux=True)(meta)
-
-    return Learner(init=_init(model), adapt=adapt, predict=_predict(model), meta_grad=meta_grad)
+    return Adaptation(
+        init=init,
+        adapt=adapt,
+        predict=predict_of(model),
+        judge=judge_of(model),
+        begin=begin,
+        solve=solve,
+        assemble=assemble,
+        objective=objective,
+        steps=steps,
+        bent=any(name in learned or not _is_zero(given[name]) for name in ("decay", "proximal")),
+        moves_all=adapted == "all" and head == "meta" and not per_step_norm,
+        learns=(*learned, *per_parameter),
+    )
 
 
-def fine_tune(
-    model: nn.Module, *, optimizer: optax.GradientTransformation, steps: int, unroll: int | bool = 1
-) -> Learner:
-    """Plain supervised learning: the baseline without meta-learning.
+class InnerProblem(NamedTuple):
+    """What the inner loop starts from.
 
-    From a random initialisation `adapt` trains from scratch; from pre-trained parameters it is transfer by
-    fine-tuning. `meta_grad` is that pre-training: the gradient of the loss on all of a task's rows, no inner loop.
-
-    Args:
-      model: a Flax module, see `metaal_jax.models`.
-      optimizer: any Optax transformation.
-      steps: full-batch steps on the labelled rows.
-      unroll: of the scan over steps.
-
-    Returns:
-      A `Learner` whose meta-parameters are the model's variables.
-
-    Raises:
-      ValueError: for `steps < 0`.
+    Attributes:
+      batch: the labelled rows.
+      origin: the parameters that are kept where there is no label.
+      hyper: learned hyperparameters.
+      variables: the model's variables before the first step.
+      embedding: `[n, d]` of the labelled rows where the body stays as it is, else None.
+      centre: `[d]`, what the steps see taken off the embedding, or None.
     """
-    base = maml(model, inner=optimizer, steps=steps, unroll=unroll)
 
-    def meta_grad(key: Array, meta: PyTree, task: Task, /, *, step: Array) -> tuple[PyTree, Metrics]:
-        del key, step
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), task.support, task.query)
-        return jax.grad(lambda params: _judge(model, params, both), has_aux=True)(meta)
-
-    return base._replace(meta_grad=meta_grad)
-
-
-def _apply(model: nn.Module, params: PyTree, x: PyTree, weight: Array | None = None) -> tuple[Array, Array]:
-    return cast(tuple[Array, Array], model.apply(params, x, weight))
+    batch: Batch
+    origin: PyTree
+    hyper: PyTree
+    variables: PyTree
+    embedding: Array | None
+    centre: Array | None
 
 
-def _judge(model: nn.Module, params: PyTree, batch: Batch) -> tuple[Array, Metrics]:
-    logits, _ = _apply(model, params, batch.x, batch.weight)
-    loss = cross_entropy(logits, batch.y, batch.weight)
-    return loss, {"loss": loss, "accuracy": accuracy(logits, batch.y, batch.weight)}
+def uncentred(variables: PyTree, centre: Array | None) -> PyTree:
+    """A head for centred embeddings as one for the embeddings themselves."""
+    if centre is None:
+        return variables
+    last = variables["params"]["head"]
+    last = {**last, "bias": last["bias"] - centre @ last["kernel"]}
+    return {**variables, "params": {**variables["params"], "head": last}}
 
 
-def _predict(model: nn.Module) -> Callable[[PyTree, PyTree], Prediction]:
-    def predict(params: PyTree, x: PyTree, /) -> Prediction:
-        logits, embedding = _apply(model, params, x)
-        return Prediction(logits=logits[None], embedding=embedding[None])
-
-    return predict
+def _is_zero(value: float | Array) -> bool:
+    return not isinstance(value, Array) and value == 0
 
 
-def _init(model: nn.Module) -> Callable[[Array, PyTree], PyTree]:
-    def init(key: Array, x: PyTree, /) -> PyTree:
-        return model.init(key, take(x, jnp.zeros(1, jnp.int32)))
+def _check_remat(remat: bool, unroll: int | bool) -> None:
+    if remat and (unroll is True or unroll > 1):  # True equals 1
+        raise ValueError(f"remat needs the steps in a loop, unroll=1, got unroll={unroll}")
 
-    return init
+
+def _is_norm(name: tuple[str, ...]) -> bool:
+    return name[0] == "params" and any("Norm" in part for part in name)
+
+
+def _only(tree: PyTree, wanted: Callable[[tuple[str, ...]], bool]) -> PyTree:
+    return unflatten_dict({name: leaf for name, leaf in flatten_dict(tree).items() if wanted(name)})
+
+
+def _merge(tree: PyTree, part: PyTree) -> PyTree:
+    """`tree` with the leaves of `part` in the place of its own."""
+    return unflatten_dict({**flatten_dict(tree), **flatten_dict(part)})
+
+
+def _squares(tree: PyTree) -> Array:
+    return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), start=jnp.zeros(()))
+
+
+def _draw(key: Array, weight: Array, k: int) -> Array:
+    """`k` row numbers, those of weight first, in random order."""
+    return lax.top_k(jnp.where(weight > 0, jax.random.uniform(key, weight.shape), -1.0), k)[1]
+
+
+def _chunks(batch: Batch, size: int) -> tuple[Batch, Array]:
+    """Rows in chunks of `size`, the last one padded, and the weight of each chunk `[chunks]`."""
+    extra = -rows_of(batch) % size
+
+    def split(leaf: Array) -> Array:
+        return jnp.pad(leaf, [(0, extra)] + [(0, 0)] * (leaf.ndim - 1)).reshape(-1, size, *leaf.shape[1:])
+
+    chunks = jax.tree.map(split, batch)
+    return chunks, chunks.weight.sum(1)

@@ -6,6 +6,6 @@ the whole batch. A last layer named `head` lets learners treat it apart from the
 """
 
 from metaal_jax.models.layers import BatchNorm, Conv, Dropout, max_pool
-from metaal_jax.models.networks import MLP, Conv4, as_float
+from metaal_jax.models.networks import MLP, Conv4, ResNet12, as_float
 
-__all__ = ["MLP", "BatchNorm", "Conv", "Conv4", "Dropout", "as_float", "max_pool"]
+__all__ = ["MLP", "BatchNorm", "Conv", "Conv4", "Dropout", "ResNet12", "as_float", "max_pool"]

@@ -88,6 +88,10 @@ class BatchNorm(nn.Module):
     This is the few-shot field's convention and it is transductive: the prediction for a row depends on the rows
     beside it. Rows of weight 0 do not count towards the statistics.
 
+    Where the variables hold statistics (collection `batch_stats`) they are used instead, and no row depends on another;
+    `learners.support_statistics` puts those of the labelled rows there. Applied with `mutable=["batch_stats"]` the
+    layer uses the batch at hand and gives its statistics back.
+
     Reference: Ioffe, Szegedy: Batch Normalization, 2015; Nichol, Achiam, Schulman: On First-Order Meta-Learning
     Algorithms, 2018 (on transduction).
     """
@@ -100,19 +104,32 @@ class BatchNorm(nn.Module):
         """`[n, ..., c]` normalised over all axes but the last; `weight` float32 `[n]`."""
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
-        axes = tuple(range(x.ndim - 1))
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        weight = jnp.ones(x.shape[0], wide.dtype) if weight is None else weight.astype(wide.dtype)
+        collecting = self.is_mutable_collection("batch_stats") and not self.is_initializing()
+        if self.has_variable("batch_stats", "mean") and not collecting:
+            mean: Array = self.get_variable("batch_stats", "mean")
+            variance: Array = self.get_variable("batch_stats", "variance")
+        else:
+            mean, variance = self._statistics(wide, weight)
+        if collecting:
+            self.put_variable("batch_stats", "mean", mean)
+            self.put_variable("batch_stats", "variance", variance)
+        y = (wide - mean) * lax.rsqrt(variance + self.epsilon) * scale + bias
+        return y.astype(self.dtype or x.dtype)
+
+    def _statistics(self, x: Array, weight: Array | None) -> tuple[Array, Array]:
+        """Mean and variance `[c]` of the rows of weight; 0 and 1 without any."""
+        axes = tuple(range(x.ndim - 1))
+        weight = jnp.ones(x.shape[0], x.dtype) if weight is None else weight.astype(x.dtype)
         weight = weight.reshape((-1,) + (1,) * (x.ndim - 1))
         positions = 1
         for size in x.shape[1:-1]:
             positions *= size
         total = weight.sum() * positions
-        total = jnp.where(total > 0, total, 1.0)
-        mean = (weight * wide).sum(axes) / total
-        variance = (weight * (wide - mean) ** 2).sum(axes) / total
-        y = (wide - mean) * lax.rsqrt(variance + self.epsilon) * scale + bias
-        return y.astype(self.dtype or x.dtype)
+        counted = jnp.where(total > 0, total, 1.0)
+        mean = (weight * x).sum(axes) / counted
+        variance = (weight * (x - mean) ** 2).sum(axes) / counted
+        return mean, jnp.where(total > 0, variance, 1.0)
 
 
 class Dropout(nn.Module):

@@ -113,6 +113,55 @@ class Conv4(nn.Module):
         return _head(x.reshape(x.shape[0], -1), self.classes, self.zero_head)
 
 
+class ResNet12(nn.Module):
+    """The few-shot field's residual network: four blocks of three convolutions, each halving the image.
+
+    A block is three times convolution, batch norm and leaky ReLU (slope 0.1), plus a 1 x 1 convolution around them,
+    then 2 x 2 max pooling; the embedding is the mean over positions. Dropout of whole channels after each block stands
+    in for the papers' DropBlock.
+
+    Attributes:
+      classes: number of logits.
+      filters: channels of each block.
+      zero_head: starts the last layer at 0.
+      implementation: of the convolutions, see `Conv`.
+      dropout: rate of the dropout of whole channels after each block.
+      dtype: of the computation; logits and embedding are float32 or wider.
+
+    Reference: Lee, Maji, Ravichandran, Soatto: Meta-Learning with Differentiable Convex Optimization, 2019.
+    """
+
+    classes: int
+    filters: Sequence[int] = (64, 160, 320, 640)
+    zero_head: bool = False
+    implementation: Literal["patches", "lax"] = "patches"
+    dropout: float = 0.0
+    dtype: Any = None
+
+    def __post_init__(self):
+        _check_dropout("ResNet12", self.dropout)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
+        """`[n, h, w, channels]` -> logits `[n, classes]`, embedding `[n, filters[-1]]`."""
+        x = as_float(x)
+        blocks = len(self.filters)
+        if min(x.shape[1:3]) < 2**blocks:
+            raise ValueError(f"ResNet12: {blocks} blocks need images of {2**blocks} pixels, got {x.shape[1:3]}")
+        for width in self.filters:
+            around = Conv(
+                width, kernel_size=(1, 1), use_bias=False, implementation=self.implementation, dtype=self.dtype
+            )(x)
+            around = BatchNorm(dtype=self.dtype)(around, weight)
+            for layer in range(3):
+                x = Conv(width, use_bias=False, implementation=self.implementation, dtype=self.dtype)(x)
+                x = BatchNorm(dtype=self.dtype)(x, weight)
+                x = nn.leaky_relu(x + around if layer == 2 else x, 0.1)
+            x = Dropout(self.dropout, shared_axes=(1, 2))(max_pool(x))
+        return _head(x.mean((1, 2)), self.classes, self.zero_head)
+
+
 def _check_dropout(name: str, rate: float) -> None:
     if not 0 <= rate < 1:
         raise ValueError(f"{name}: dropout must be at least 0 and below 1, got {rate}")

@@ -1,0 +1,198 @@
+"""Learners whose head is solved for in closed form on a meta-learned embedding: prototypes, ridge regression, SVM."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import Array
+
+from metaal_jax.base import Batch, Learner, PyTree, require
+from metaal_jax.learners.adaptation import (
+    HYPER,
+    Adaptation,
+    apply,
+    init_of,
+    judge_of,
+    labelled_or,
+    predict_of,
+    support_statistics,
+    without,
+)
+from metaal_jax.learners.heads import prototype_head, ridge_head, svm_head
+from metaal_jax.learners.meta_gradient import through
+
+
+class Embedded(NamedTuple):
+    """The inner problem of a closed form: labelled rows, the parameters around the head, and the rows' embedding."""
+
+    batch: Batch
+    variables: PyTree
+    hyper: PyTree
+    embedding: Array
+
+
+def closed_form(
+    model: nn.Module,
+    head: Callable[..., PyTree],
+    *,
+    settings: Mapping[str, float | Array],
+    learn: Sequence[str] = (),
+    statistics: Literal["batch", "support"] = "batch",
+) -> Adaptation:
+    """Adaptation that solves for the last layer and leaves the body as it is.
+
+    Args:
+      model: a Flax module whose last layer is a linear one named `head` with a bias.
+      head: `(embedding [n, d], y [n], weight [n], classes, **settings) -> {"kernel": [d, c], "bias": [c]}`, see
+        `metaal_jax.learners.heads`.
+      settings: its hyperparameters, all above 0.
+      learn: which of them the outer loop trains, as logarithms, from the values given.
+      statistics: of `models.BatchNorm` layers in prediction, see `gradient_steps`.
+
+    Returns:
+      An `Adaptation`. Without a label the meta-parameters' own head predicts, which a closed form otherwise does not
+      read.
+
+    Raises:
+      ValueError: for settings to learn that there are not, or that are not above 0.
+    """
+    for name in learn:
+        if name not in settings:
+            raise ValueError(f"learn: {name!r} is no setting of this head; choose from {sorted(settings)}")
+    for name, value in settings.items():
+        require(value > 0 if name in learn else value >= 0, f"{name} must be above 0, got {value}")
+    if statistics not in ("batch", "support"):
+        raise ValueError(f"statistics must be 'batch' or 'support', got {statistics!r}")
+
+    def init(key: Array, x: PyTree, /) -> PyTree:
+        variables = init_of(model)(key, x)
+        hyper = {f"log_{name}": jnp.log(jnp.asarray(settings[name])) for name in sorted(learn)}
+        return {**variables, HYPER: hyper} if hyper else variables
+
+    def begin(meta: PyTree, batch: Batch) -> Embedded:
+        variables = without((HYPER,), meta)
+        _, embedding = apply(model, variables, batch.x, batch.weight)
+        return Embedded(batch, variables, meta.get(HYPER, {}), embedding)
+
+    def solve(key: Array, problem: Embedded, *, first_order: bool = False, path: bool = False) -> PyTree:
+        del key, first_order, path  # there are no steps
+        batch = problem.batch
+        now = {
+            name: jnp.exp(problem.hyper[f"log_{name}"]) if name in learn else value for name, value in settings.items()
+        }
+        classes = problem.variables["params"]["head"]["bias"].shape[0]
+        return head(problem.embedding, batch.y, batch.weight, classes, **now)
+
+    def assemble(free: PyTree, problem: Embedded, *, step: Any = None) -> PyTree:
+        del step
+        variables = problem.variables
+        made = labelled_or(problem.batch, free, variables["params"]["head"])
+        params = {**variables, "params": {**variables["params"], "head": made}}
+        return support_statistics(model, params, problem.batch) if statistics == "support" else params
+
+    def adapt(key: Array, meta: PyTree, batch: Batch, /, *, unlabelled: PyTree = None, start: PyTree = None) -> PyTree:
+        del unlabelled, start  # a closed form has nowhere to start from
+        problem = begin(meta, batch)
+        return assemble(solve(key, problem), problem)
+
+    return Adaptation(
+        init=init,
+        adapt=adapt,
+        predict=predict_of(model),
+        judge=judge_of(model),
+        begin=begin,
+        solve=solve,
+        assemble=assemble,
+        objective=None,
+        steps=0,
+        bent=False,
+        moves_all=False,
+        learns=tuple(sorted(learn)),
+    )
+
+
+def protonet(
+    model: nn.Module, *, temperature: float | Array = 1.0, learn: Sequence[str] = (), **options: Any
+) -> Learner:
+    """Prototypical networks: a row belongs to the class whose mean embedding is nearest.
+
+    Args:
+      model: a Flax module with a last layer named `head`.
+      temperature: factor on the logits, minus half the squared distances (2 gives the paper's squared distances).
+      learn: `("temperature",)` to learn it.
+      options: see `closed_form`.
+
+    Raises:
+      ValueError: see `closed_form`.
+
+    Reference: Snell, Swersky, Zemel: Prototypical Networks for Few-shot Learning, 2017.
+    """
+    settings = {"temperature": temperature}
+    return through(closed_form(model, prototype_head, settings=settings, learn=learn, **options))
+
+
+def r2d2(
+    model: nn.Module,
+    *,
+    ridge: float | Array = 1.0,
+    scale: float | Array = 1.0,
+    intercept: bool = False,
+    learn: Sequence[str] = ("ridge", "scale"),
+    **options: Any,
+) -> Learner:
+    """R2-D2: ridge regression on the embedding, with learned regularisation and scale (MetaOptNet-RR without them).
+
+    Args:
+      model: a Flax module with a last layer named `head`.
+      ridge: strength of the regularisation, > 0.
+      scale: factor on the regression's outputs to make logits of them, > 0.
+      intercept: fits an unpenalised intercept too, which suits unbalanced labelled sets; not in the paper.
+      learn: which of `"ridge"`, `"scale"` to learn.
+      options: see `closed_form`.
+
+    Raises:
+      ValueError: see `closed_form`.
+
+    Reference: Bertinetto, Henriques, Torr, Vedaldi: Meta-learning with Differentiable Closed-form Solvers, 2019.
+    """
+
+    def head(embedding: Array, y: Array, weight: Array, classes: int, **settings: Any) -> PyTree:
+        return ridge_head(embedding, y, weight, classes, intercept=intercept, **settings)
+
+    return through(closed_form(model, head, settings={"ridge": ridge, "scale": scale}, learn=learn, **options))
+
+
+def metaoptnet(
+    model: nn.Module,
+    *,
+    penalty: float | Array = 0.1,
+    ridge: float | Array = 1.0,
+    scale: float | Array = 1.0,
+    iterations: int | None = None,
+    learn: Sequence[str] = ("scale",),
+    **options: Any,
+) -> Learner:
+    """MetaOptNet: a multi-class support vector machine on the embedding, through whose dual problem one differentiates.
+
+    Args:
+      model: a Flax module with a last layer named `head`.
+      penalty: the SVM's C, > 0.
+      ridge: added to the kernel's diagonal, >= 0, as in the authors' code.
+      scale: factor on the SVM's scores to make logits of them, > 0.
+      iterations: of the solver, see `svm_head`; None for its default.
+      learn: which of `"penalty"`, `"ridge"`, `"scale"` to learn.
+      options: see `closed_form`.
+
+    Raises:
+      ValueError: see `closed_form`.
+
+    Reference: Lee, Maji, Ravichandran, Soatto: Meta-Learning with Differentiable Convex Optimization, 2019.
+    """
+    more = {} if iterations is None else {"iterations": iterations}
+
+    def head(embedding: Array, y: Array, weight: Array, classes: int, **settings: Any) -> PyTree:
+        return svm_head(embedding, y, weight, classes, **settings, **more)
+
+    settings = {"penalty": penalty, "ridge": ridge, "scale": scale}
+    return through(closed_form(model, head, settings=settings, learn=learn, **options))

@@ -1,0 +1,251 @@
+"""Heads in closed form: labelled embeddings become the kernel and bias of a linear layer, differentiably."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from metaal_jax.base import PyTree, require
+
+ABSENT = -1e3  # logit of a class without a label
+
+
+def prototype_head(
+    embedding: Array, y: Array, weight: Array, classes: int, *, temperature: float | Array = 1.0
+) -> PyTree:
+    """A linear layer whose logits are minus half the squared distances to the class prototypes, times `temperature`.
+
+    A prototype is the weighted mean of its class's embeddings. Logit `j` of row `z` is `z.c_j - |c_j|^2 / 2`, which
+    equals `-|z - c_j|^2 / 2` up to a term shared by all classes. A class without a label has no prototype; its logit
+    is `ABSENT`, below all others. Distances grow with the embedding's size, so a large embedding wants a small
+    temperature.
+
+    Reference: Snell, Swersky, Zemel: Prototypical Networks, 2017; Triantafillou et al.: Meta-Dataset
+    (Proto-MAML), 2020.
+    """
+    member = jax.nn.one_hot(y, classes, dtype=embedding.dtype) * weight[:, None]
+    count = member.sum(0)
+    centres = (member.T @ embedding) / jnp.where(count > 0, count, 1.0)[:, None]
+    bias = jnp.where(count > 0, -0.5 * temperature * (centres**2).sum(-1), ABSENT)
+    return {"kernel": temperature * centres.T, "bias": bias}
+
+
+@jax.default_matmul_precision("highest")
+def ridge_head(
+    embedding: Array,
+    y: Array,
+    weight: Array,
+    classes: int,
+    *,
+    ridge: float | Array = 1.0,
+    scale: float | Array = 1.0,
+    intercept: bool = True,
+) -> PyTree:
+    """Weighted ridge regression onto one-hot classes: `logits = scale (z W + b)`.
+
+    `W` and `b` minimise `sum_i w_i |z_i W + b - onehot(y_i)|^2 + ridge |W|^2`. The solution is found in whichever
+    space is smaller, that of the features or that of the rows (Woodbury), at the price of one linear solve. It is
+    differentiable in everything but `y`, also where weights are 0.
+
+    Args:
+      embedding: float `[n, d]`.
+      y: int32 `[n]`.
+      weight: float32 `[n]`, 0 = padding.
+      classes: number of classes `c`.
+      ridge: strength of the regularisation, above 0, against a sum over rows: more rows count for more.
+      scale: factor on the regression's outputs, which lie about between 0 and 1: the cross entropy wants it larger.
+      intercept: fits `b`, which is not regularised; otherwise `b = 0`, as in R2D2.
+
+    Returns:
+      `{"kernel": [d, c], "bias": [c]}`. A class without a label has a kernel of 0 and the bias `ABSENT`.
+
+    Raises:
+      ValueError: for `ridge <= 0`.
+
+    Reference: Bertinetto, Henriques, Torr, Vedaldi: Meta-learning with Differentiable Closed-form Solvers, 2019.
+    """
+    require(ridge > 0, f"ridge_head: ridge must be > 0, got {ridge}")
+    rows, features = embedding.shape
+    target = jax.nn.one_hot(y, classes, dtype=embedding.dtype)
+    count = weight @ target
+    bias = jnp.zeros(classes, embedding.dtype)
+    if intercept:
+        share = weight / jnp.where(count.sum() > 0, count.sum(), 1.0)
+        centre, bias = share @ embedding, share @ target
+        embedding, target = embedding - centre, target - bias
+    weighted = weight[:, None] * target
+    # LU in both forms: for the rows because weights on one side only leave no square root to differentiate at 0, for
+    # the features because a Cholesky factor is NaN where rounding makes the matrix indefinite.
+    if rows < features:
+        gram = weight[:, None] * (embedding @ embedding.T)
+        kernel = embedding.T @ jnp.linalg.solve(gram + ridge * jnp.eye(rows, dtype=gram.dtype), weighted)
+    else:
+        gram = embedding.T @ (weight[:, None] * embedding)
+        kernel = jnp.linalg.solve(gram + ridge * jnp.eye(features, dtype=gram.dtype), embedding.T @ weighted)
+    if intercept:
+        bias = bias - centre @ kernel
+    return {"kernel": scale * kernel, "bias": jnp.where(count > 0, scale * bias, ABSENT)}
+
+
+@jax.default_matmul_precision("highest")
+def svm_head(
+    embedding: Array,
+    y: Array,
+    weight: Array,
+    classes: int,
+    *,
+    penalty: float | Array = 0.1,
+    ridge: float | Array = 1.0,
+    scale: float | Array = 1.0,
+    iterations: int = 100,
+) -> PyTree:
+    """The linear multi-class support vector machine of Crammer and Singer, without intercept: `logits = scale z W`.
+
+    With `ridge = 0`, `W` minimises `1/2 |W|^2 + penalty sum_i w_i max_k (z_i W_k + [k != y_i] - z_i W_{y_i})`. It is
+    `Z^T a` for the solution `a` of the dual problem, see `svm_dual`; `ridge` is added to the diagonal of its kernel
+    `Z Z^T`, which makes `a` unique and a smoother function of the data. Differentiable in everything but `y`, also
+    where weights are 0. For an intercept, subtract the mean of the labelled rows from the embedding.
+
+    Args:
+      embedding: float `[n, d]`.
+      y: int32 `[n]`.
+      weight: float32 `[n]`, 0 = padding.
+      classes: number of classes `c`.
+      penalty: price of a unit of hinge loss (`C`), above 0. This and `ridge` are as in MetaOptNet's code.
+      ridge: at least 0.
+      scale: factor on the outputs, whose margin is 1: the cross entropy wants it larger.
+      iterations: of the solver, at least 1; `svm_residual` says whether they are enough.
+
+    Returns:
+      `{"kernel": [d, c], "bias": [c]}`. A class without a label is left out of the problem: its kernel is 0 and its
+      bias `ABSENT`.
+
+    Raises:
+      ValueError: for `penalty <= 0`, `ridge < 0` or `iterations < 1`.
+
+    Reference: Crammer, Singer: On the Algorithmic Implementation of Multiclass Kernel-based Vector Machines, 2001;
+    Lee, Maji, Ravichandran, Soatto: Meta-Learning with Differentiable Convex Optimization, 2019.
+    """
+    gram, target, size = _svm_problem(embedding, y, weight, classes, penalty, ridge)
+    dual = svm_dual(gram, target, size, iterations=iterations)
+    bias = jnp.where(weight @ target > 0, jnp.zeros(classes, dual.dtype), ABSENT)
+    return {"kernel": scale * (embedding.T @ dual), "bias": bias}
+
+
+@jax.default_matmul_precision("highest")
+def svm_residual(
+    embedding: Array,
+    y: Array,
+    weight: Array,
+    classes: int,
+    *,
+    penalty: float | Array = 0.1,
+    ridge: float | Array = 1.0,
+    iterations: int = 100,
+) -> Array:
+    """How far `svm_head` with the same arguments is from its optimum, float `[]`: the largest residual of any row.
+
+    A row's residual is its share in the duality gap, `max_k g_k - p.g`, where `g = (K + ridge I) a - onehot(y)` is the
+    gradient of the dual objective and `a = penalty w (onehot(y) - p)`, `p` a distribution over classes. It is 0 where
+    all conditions of optimality hold, and its unit is the margin: the primal objective is within
+    `penalty sum_i w_i residual_i` of the best.
+
+    Args and Raises: see `svm_head`.
+    """
+    gram, target, size = _svm_problem(embedding, y, weight, classes, penalty, ridge)
+    dual = svm_dual(gram, target, size, iterations=iterations)
+    slope = gram @ dual - target
+    worst = jnp.where(size @ target > 0, slope, -jnp.inf).max(-1)
+    known = (slope * (target - dual / jnp.where(size > 0, size, 1.0)[:, None])).sum(-1)
+    return jnp.where(size > 0, worst - known, 0.0).max()
+
+
+def _svm_problem(
+    embedding: Array, y: Array, weight: Array, classes: int, penalty: float | Array, ridge: float | Array
+) -> tuple[Array, Array, Array]:
+    require(penalty > 0, f"penalty must be > 0, got {penalty}")
+    require(ridge >= 0, f"ridge must be >= 0, got {ridge}")
+    gram = embedding @ embedding.T + ridge * jnp.eye(len(embedding), dtype=embedding.dtype)
+    return gram, jax.nn.one_hot(y, classes, dtype=embedding.dtype), penalty * weight
+
+
+def svm_dual(gram: Array, target: Array, size: Array, *, iterations: int) -> Array:
+    """Minimises `1/2 tr(a^T gram a) - tr(a^T target)` subject to `a <= size target` and row sums of 0.
+
+    Differentiable in all three, at any order: the solution is a fixed point of a projected gradient step, and near it
+    the same entries stay strictly inside the box, so its derivative solves a linear system in those entries (by
+    conjugate gradients). Differentiating through the iterations would give the same and have to store them all.
+    A row of size 0 moves as the first bit of size would move it.
+
+    Args:
+      gram: float `[n, n]`, symmetric and positive semidefinite.
+      target: float `[n, c]`, one-hot rows.
+      size: float `[n]`, the box of each row; 0 makes the row 0.
+      iterations: steps of the solver, and at most as many for a derivative.
+
+    Returns:
+      `a`, float `[n, c]`, which keeps the constraints. Columns of classes in which no row has a box are 0.
+    """
+    require(iterations >= 1, f"iterations must be >= 1, got {iterations}")
+    labelled = size @ target > 0
+    target = jnp.where(labelled, target, 0.0)
+    upper = size[:, None] * target
+
+    # The solver's step: twice the mean squared distance to the mean of the rows. The scale of the largest eigenvalue,
+    # which belongs to the mean that ReLU features share, would make it many times slower.
+    share = size / jnp.where(size.sum() > 0, size.sum(), 1.0)
+    power = share @ jnp.diag(gram)
+    step = lax.stop_gradient(jnp.maximum(2.0 * (power - share @ gram @ share), 0.01 * power))
+    gram, target = (term / jnp.where(step > 0, step, 1.0) for term in (gram, target))
+
+    a = _splitting(*lax.stop_gradient((gram, target, upper)), labelled, iterations)
+    moved, inside = _project(a + target - gram @ a, upper, labelled)
+    residual = moved - lax.stop_gradient(moved)  # 0, all but its derivative
+    floor = 10.0 * jnp.finfo(gram.dtype).eps
+
+    def along(v: Array) -> Array:
+        """The part of `v` along which the solution can move: inside the box, with rows that sum to 0."""
+        v = jnp.where(inside, v, 0.0)
+        return jnp.where(inside, v - v.sum(-1, keepdims=True) / _count(inside), 0.0)
+
+    def matrix(v: Array) -> Array:
+        part = along(v)
+        # The floor is for ridge = 0 and equal rows, when the problem is flat along their difference.
+        return v - part + along(gram @ part) + floor * part
+
+    right = residual - along(gram @ (residual - along(residual)))
+    change, _ = jax.scipy.sparse.linalg.cg(matrix, right, tol=floor, atol=1e-15, maxiter=iterations)
+    return a + change
+
+
+def _splitting(gram: Array, target: Array, upper: Array, labelled: Array, iterations: int) -> Array:
+    """Solves the problem of `svm_dual`, scaled, by Douglas-Rachford splitting (over-relaxed ADMM).
+
+    It goes back and forth between the quadratic, whose matrix is inverted once, and the constraints.
+    """
+    real = upper.sum(-1) > 0
+    inverse = jnp.linalg.inv(jnp.eye(len(gram), dtype=gram.dtype) + jnp.where(real[:, None] & real, gram, 0.0))
+
+    def step(v: Array, _: None) -> tuple[Array, None]:
+        a, _inside = _project(v, upper, labelled)
+        return v + 1.8 * (inverse @ (target + 2.0 * a - v) - a), None
+
+    v, _ = lax.scan(step, jnp.zeros_like(upper), None, length=iterations)
+    return jnp.where(real[:, None], _project(v, upper, labelled)[0], 0.0)
+
+
+def _project(v: Array, upper: Array, labelled: Array) -> tuple[Array, Array]:
+    """The nearest `a <= upper` whose rows sum to 0, all `[n, c]`, and which of its entries lie inside the box.
+
+    Inside, all entries of a row are shifted alike. Entry `k` is inside if the shift that puts it on the box leaves a
+    sum of at least 0. Comparing all pairs is several times faster than sorting.
+    """
+    above = jnp.where(labelled, v - upper, 1e30)
+    total = upper.sum(-1, keepdims=True)
+    inside = labelled & (total + jnp.minimum(above[:, :, None] - above[:, None, :], 0.0).sum(1) >= 0)
+    shift = (total + jnp.where(inside, v - upper, 0.0).sum(-1, keepdims=True)) / _count(inside)
+    return jnp.where(inside, v - shift, upper), inside
+
+
+def _count(inside: Array) -> Array:
+    """Entries of each row, `[n, 1]`, at least 1."""
+    return jnp.maximum(inside.sum(-1, keepdims=True), 1)
