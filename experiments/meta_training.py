@@ -1,6 +1,8 @@
 """Meta-training of the main job: tasks of the source, the outer loop, checkpoints."""
 
 import functools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ from tqdm import tqdm
 
 from arms import make_model
 from metaal_jax import checkpoint, exemplars, learners, tasks
-from metaal_jax.outer import OuterLoop, outer_loop
+from metaal_jax.outer import MetaState, OuterLoop, outer_loop
 from runs import RunFolder, UsageError, round_to
 
 
@@ -84,27 +86,43 @@ def meta_data(config: Any, setting: Any, key: jax.Array) -> tuple[tuple, tuple]:
     return found[0], found[1]
 
 
-def meta_train(config: Any, setting: Any, meta_job: MetaJob, folder: RunFolder, key: jax.Array):
-    """Meta-parameters, trained in pieces that are checkpointed one by one."""
-    outer, pieces, each = meta_job
-    data_key, init_key, run_key, validation_key = jax.random.split(key, 4)
-    like = jnp.zeros((1, *setting.shape), setting.train_source.x.dtype)
-    state = jax.jit(outer.init)(init_key, like)
-    saved = [folder.path / "checkpoints" / f"piece_{piece:02d}" for piece in range(pieces)]
-    last = max((i for i in range(pieces) if folder.done(f"meta-{i:02d}") and saved[i].is_dir()), default=-1)
+def piece_path(folder: RunFolder, piece: int) -> Path:
+    """Where the outer loop's state after a piece of the training is kept."""
+    return folder.path / "checkpoints" / f"piece_{piece:02d}"
+
+
+def train_in_pieces(
+    folder: RunFolder, state: MetaState, *, pieces: int, each: int, load: Callable[[], tuple], run: Callable,
+    judge: Callable,
+) -> tuple[MetaState, list[dict]]:  # fmt: skip
+    """Meta-trains in pieces, each one step of the run folder with a checkpoint; goes on after the last one kept.
+
+    Args:
+      folder: the run.
+      state: the outer loop's fresh state.
+      pieces, each: number of pieces and outer steps of each.
+      load: gives the data of training and validation; called only if something is left to train.
+      run: `(state, training data) -> (state, metrics [each])`.
+      judge: `(meta, validation data) -> metrics [tasks]`.
+
+    Returns:
+      The last state and the records of all pieces.
+    """
+    last = max(
+        (i for i in range(pieces) if folder.done(f"meta-{i:02d}") and piece_path(folder, i).is_dir()), default=-1
+    )
     if last >= 0:
-        state = jax.device_put(checkpoint.restore(saved[last], state))
+        state = jax.device_put(checkpoint.restore(piece_path(folder, last), state))
     if last < pieces - 1:
-        train, held_out = meta_data(config, setting, data_key)
-    run = jax.jit(functools.partial(outer.run, steps=each))
-    judge = jax.jit(functools.partial(outer.evaluate, tasks=50))
+        train, held_out = load()
+    records = []
     for piece in tqdm(range(pieces), desc="meta-training"):
 
         def compute(piece: int = piece) -> list[dict]:
             nonlocal state
-            state, trained = run(run_key, state, train)
-            judged = judge(validation_key, state.meta, held_out)
-            checkpoint.save(saved[piece], state)
+            state, trained = run(state, train)
+            judged = judge(state.meta, held_out)
+            checkpoint.save(piece_path(folder, piece), state)
             values = {f"train_{k}": round_to(v.mean()) for k, v in trained.items()}
             values |= {f"validation_{k}": round_to(v.mean()) for k, v in judged.items()}
             return [{"series": "meta", "at": (piece + 1) * each, **values}]
@@ -112,5 +130,23 @@ def meta_train(config: Any, setting: Any, meta_job: MetaJob, folder: RunFolder, 
         for record in folder.step(f"meta-{piece:02d}", compute, again=piece > last):
             for metric in sorted(set(record) - {"series", "at"}):
                 folder.board(f"meta/{metric}", record[metric], record["at"])
+            records.append(record)
+    return state, records
+
+
+def meta_train(config: Any, setting: Any, meta_job: MetaJob, folder: RunFolder, key: jax.Array):
+    """Meta-parameters, trained in pieces that are checkpointed one by one."""
+    outer, pieces, each = meta_job
+    data_key, init_key, run_key, validation_key = jax.random.split(key, 4)
+    like = jnp.zeros((1, *setting.shape), setting.train_source.x.dtype)
+    state = jax.jit(outer.init)(init_key, like)
+    run = jax.jit(functools.partial(outer.run, steps=each))
+    judge = jax.jit(functools.partial(outer.evaluate, tasks=50))
+    state, _ = train_in_pieces(
+        folder, state, pieces=pieces, each=each,
+        load=lambda: meta_data(config, setting, data_key),
+        run=lambda state, train: run(run_key, state, train),
+        judge=lambda meta, held_out: judge(validation_key, meta, held_out),
+    )  # fmt: skip
     checkpoint.save(folder.path / "meta_parameters", state.meta)
     return state.meta

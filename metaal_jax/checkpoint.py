@@ -22,10 +22,15 @@ class CheckpointError(ValueError):
     """A checkpoint that is missing, damaged or of another structure; the message is one line and says what to do."""
 
 
-def save(path: str | os.PathLike[str], tree: PyTree) -> None:
+def save(path: str | os.PathLike[str], tree: PyTree, *, config: Any = None) -> None:
     """Saves a pytree of arrays to the folder `path`, replacing what is there once the new one is whole.
 
     Typed keys of the default generator are saved too, so that a whole `ActiveState` can be.
+
+    Args:
+      path: the folder.
+      tree: what to save.
+      config: what made it, anything that JSON can hold; `read_config` gives it back.
 
     Raises:
       CheckpointError: where it cannot be written, say because the disk is full; what was there before is kept.
@@ -45,7 +50,7 @@ def save(path: str | os.PathLike[str], tree: PyTree) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(fresh, arrays)
-        contents = {"leaves": _leaves(arrays), "files": _checksums(fresh)}
+        contents = {"config": config, "leaves": _leaves(arrays), "files": _checksums(fresh)}
         (fresh / _CONTENTS).write_text(json.dumps(contents, indent=1) + "\n")
     # The storage below Orbax reports a full disk as a ValueError with the system's reason somewhere in it.
     except Exception as error:
@@ -87,6 +92,44 @@ def restore(path: str | os.PathLike[str], like: PyTree) -> Any:
         raise CheckpointError(
             f"the checkpoint {folder} is damaged or of another model ({_one_line(error)}); delete it to compute it "
             "again, or give another folder"
+        ) from error
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Restores a checkpoint of nested dictionaries, such as meta-parameters, whatever its shapes are.
+
+    Raises:
+      CheckpointError: as `restore`; or a checkpoint without its list of contents.
+    """
+    folder = Path(path).absolute()
+    read_config(folder)
+    if not (folder / _CONTENTS).exists():
+        raise CheckpointError(f"the checkpoint {folder} has no {_CONTENTS}; restore it into a known structure")
+    like: dict[str, Any] = {}
+    for name, form in json.loads((folder / _CONTENTS).read_text())["leaves"].items():
+        *above, last = name.split("/")
+        place = like
+        for part in above:
+            place = place.setdefault(part, {})
+        dtype, shape = form.rstrip("]").split("[")
+        place[last] = jax.ShapeDtypeStruct(tuple(int(n) for n in shape.split(",") if n), np.dtype(dtype))
+    return restore(folder, like)
+
+
+def read_config(path: str | os.PathLike[str]) -> Any:
+    """The config that a checkpoint was saved with, None where there was none.
+
+    Raises:
+      CheckpointError: for a missing checkpoint or a torn list of contents.
+    """
+    folder = Path(path).absolute()
+    if not folder.is_dir():
+        raise CheckpointError(f"no checkpoint at {folder}; give the folder that a run wrote, or train again")
+    try:
+        return json.loads((folder / _CONTENTS).read_text()).get("config") if (folder / _CONTENTS).exists() else None
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"the checkpoint {folder} is damaged ({_CONTENTS} is torn); delete it to compute it again"
         ) from error
 
 

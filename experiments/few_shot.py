@@ -1,0 +1,353 @@
+"""The field's own benchmark: meta-train one learner on a set's training classes, test it on tasks of other classes.
+
+Claim: every learner of the family, each a few lines on shared parts, learns to tell new characters apart from one
+drawing each, within 20 minutes on two cores.
+
+    python experiments/few_shot.py --learner maml                       # Omniglot, 5-way 1-shot
+    python experiments/few_shot.py --learner protonet --ways 20
+    python experiments/few_shot.py --learner metaoptnet --train cifar_fs --preset paper --shots 5      # for a GPU
+    python experiments/few_shot.py --learner r2d2 --train omniglot,mnist --weights 3,1 --test kmnist   # several sources
+
+`omniglot` is 1,100 classes and their rotations for training, 100 for validation and 423 for the test; `cifar_fs` is
+CIFAR-100 in 64, 16 and 20 classes. Any other TFDS image set can stand beside them as a source, or be what is tested on.
+Validation tasks choose the checkpoint; nothing looks at the test classes before. Where a network normalises by the
+batch, accuracy is given twice: with the statistics of the query rows (transductive: rows of a task are judged together)
+and with those of the labelled rows alone.
+
+Figures and times: experiments/results/few_shot/ and the README.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+
+from few_shot_presets import LEARNERS, PUBLISHED, Preset, make_learner, make_model, make_optimizer, preset_of
+from meta_training import piece_path, train_in_pieces
+from metaal_jax import checkpoint, data, learners, parallel, tasks
+from metaal_jax.base import Learner
+from metaal_jax.losses import accuracy
+from metaal_jax.metrics import interval
+from metaal_jax.outer import outer_loop
+from report import write_results
+from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
+
+# Bertinetto et al.'s split of CIFAR-100, by the classes' numbers (beaver, beetle, ...; baby, bed, ...).
+CIFAR_FS = {
+    "validation": [4, 7, 14, 15, 19, 26, 27, 32, 40, 47, 48, 55, 71, 73, 87, 89],
+    "test": [2, 5, 8, 21, 34, 42, 46, 58, 60, 62, 69, 70, 77, 83, 84, 86, 94, 95, 98, 99],
+}
+SHAPES = {"omniglot": (28, 28, 1), "cifar_fs": (32, 32, 3)}
+FREE = frozenset({"out", "resume", "data_dir", "save_results"})
+PIECES = 20
+
+
+@dataclass(frozen=True)
+class Config:
+    """Meta-trains a learner on few-shot tasks and tests it on tasks of new classes."""
+
+    learner: Annotated[str, tyro.conf.arg(help="One of: " + ", ".join(LEARNERS))] = "maml"
+    train: str = "omniglot"
+    """Comma-separated sources: omniglot, cifar_fs (their training classes) or TFDS image sets (all their classes)."""
+    weights: str | None = None
+    """Comma-separated weights with which tasks are drawn from the sources; by default even ones."""
+    test: str | None = None
+    """What to test on: omniglot, cifar_fs (their test classes) or a TFDS image set; by default the first source."""
+    ways: int = 5
+    """Classes of a test task."""
+    shots: int = 1
+    """Labelled rows of each class."""
+    queries: int = 15
+    """Test rows of each class."""
+    test_tasks: int = 600
+    """Test tasks."""
+    validation_tasks: int = 200
+    """Validation tasks after each twentieth of the training."""
+    preset: Literal["budget", "paper"] = "budget"
+    """budget: a small network that two cores train in at most 20 minutes. paper: the paper's own, for a GPU."""
+    filters: int | None = None
+    """Instead of the preset's: channels of the network's blocks."""
+    norm: Literal["batch", "group", "none"] | None = None
+    """Instead of the preset's: norm layers."""
+    statistics: Literal["batch", "support"] | None = None
+    """Instead of the preset's: what batch norm normalises query rows by in meta-training."""
+    train_ways: int | None = None
+    """Instead of the preset's: classes of a meta-training task."""
+    train_shots: int | None = None
+    """Instead of the preset's: labelled rows of each class in meta-training."""
+    steps: int | None = None
+    """Instead of the preset's: outer steps."""
+    tasks: int | None = None
+    """Instead of the preset's: tasks of an outer step."""
+    rate: float | None = None
+    """Instead of the preset's: outer learning rate."""
+    inner_rate: float | None = None
+    """Instead of the preset's: inner learning rate."""
+    inner_steps: int | None = None
+    """Instead of the preset's: inner steps in meta-training."""
+    eval_steps: int | None = None
+    """Instead of the preset's: inner steps on test tasks."""
+    seed: int = 0
+    """Decides everything that is drawn."""
+    devices: int | None = None
+    """Devices that share the tasks of an outer step; by default as many as divide them. A CPU's cores are devices."""
+    init: str | None = None
+    """Start from the meta_parameters of another run's folder, of any learner with the same body."""
+    data_dir: str | None = None
+    """Where TFDS sets are prepared; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    out: str | None = None
+    """Run folder; by default runs/few_shot/TRAIN-TEST-LEARNER-WAYS-SHOTS."""
+    resume: bool = False
+    """Go on with the run in the folder."""
+    save_results: str | None = None
+    """Also write the results to this JSON file."""
+
+
+class Parts(NamedTuple):
+    """The classes of a set for training, validation and test, and whether rotations count as classes in training."""
+
+    train: tasks.ClassData
+    validation: tasks.ClassData
+    test: tasks.ClassData
+    rotations: bool
+
+
+@functools.cache
+def load_parts(name: str, shape: tuple[int, int, int] | None, data_dir: str | None) -> Parts:
+    """The parts of a set by name; a plain set's training rows, test rows and test rows, with all classes in each."""
+    read = functools.partial(data.load, image_shape=shape, data_dir=data_dir)
+    if name not in SHAPES:
+        train, test = (tasks.class_data(part.x, part.y) for part in (read(name, "train"), read(name, "test")))
+        return Parts(train, test, test, False)
+    both = [read({"cifar_fs": "cifar100"}.get(name, name), split) for split in ("train", "test")]
+    x, y = np.concatenate([part.x for part in both]), np.concatenate([part.y for part in both])
+    if name == "omniglot":
+        groups = tasks.split_classes(1623, (1100, 100, 423))
+    else:
+        held = [np.array(CIFAR_FS[part]) for part in ("validation", "test")]
+        groups = [np.setdiff1d(np.arange(100), np.concatenate(held)), *held]
+    return Parts(*(tasks.class_data(x, y, classes=group) for group in groups), rotations=name == "omniglot")
+
+
+def settings(config: Config) -> Preset:
+    """The preset with what the command line says instead."""
+    if config.learner not in LEARNERS:
+        names(config.learner, LEARNERS, "learner")
+    preset = preset_of(config.preset, config.learner, config.train.split(",")[0])
+    own = {field.name for field in dataclasses.fields(Preset)} & {field.name for field in dataclasses.fields(Config)}
+    given = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
+    return dataclasses.replace(preset, **given)
+
+
+def check(config: Config, preset: Preset) -> tuple[tuple[str, ...], list[float]]:
+    """Checks what can be checked without data; the sources and their weights."""
+    names(config.learner, LEARNERS, "learner")
+    for name in ("ways", "shots", "queries", "test_tasks", "validation_tasks"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    for name in ("steps", "tasks", "filters"):
+        if getattr(preset, name) < 1:
+            raise UsageError(f"--{name} {getattr(preset, name)} must be at least 1")
+    sources = tuple(part.strip() for part in config.train.split(",") if part.strip())
+    if not sources or len(set(sources)) < len(sources):
+        raise UsageError(f"--train {config.train!r} is empty or repeats a set")
+    try:
+        weights = [float(w) for w in config.weights.split(",")] if config.weights else [1.0] * len(sources)
+    except ValueError:
+        raise UsageError(f"--weights {config.weights!r} must be numbers with commas between them") from None
+    if len(weights) != len(sources) or min(weights) <= 0:
+        raise UsageError(f"--weights {config.weights!r}: {len(sources)} sources need as many weights above 0")
+    if config.learner == "supervised" and len(sources) > 1:
+        raise UsageError("--learner supervised trains on the classes of a single source; give one in --train")
+    return sources, weights
+
+
+def spread(config: Config, preset: Preset) -> int:
+    """How many devices share the tasks of a step; on a CPU every core becomes one, if JAX has not started yet."""
+    wanted = config.devices
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", wanted or cores)
+    have = jax.local_device_count()
+    if wanted is None:
+        return math.gcd(have, preset.tasks)
+    if not 1 <= wanted <= have or preset.tasks % wanted:
+        raise UsageError(f"--devices {wanted}: there are {have}, and {preset.tasks} tasks must divide among them")
+    return wanted
+
+
+def make_judge(config: Config, preset: Preset, learner: Learner, model: Any, fresh: Any) -> Callable:
+    """`(key, meta, data, *, tasks) -> {metric: accuracy [tasks]}` on tasks of the test's ways and shots."""
+    sampler = tasks.few_shot(ways=config.ways, shots=config.shots, queries=config.queries)
+
+    def one(key: jax.Array, meta: Any, part: tasks.ClassData) -> dict[str, jax.Array]:
+        task_key, adapt_key = jax.random.split(key)
+        task = sampler(task_key, part)
+        params = learner.adapt(adapt_key, learners.transfer(meta, fresh), task.support)
+
+        def judged(params: Any) -> jax.Array:
+            return accuracy(learner.predict(params, task.query.x).logits[0], task.query.y, task.query.weight)
+
+        if not uses_batch_norm(preset):
+            return {"non_transductive": judged(params)}
+        free = {name: leaf for name, leaf in params.items() if name != "batch_stats"}
+        fixed = learners.support_statistics(model, params, task.support)
+        return {"transductive": judged(free), "non_transductive": judged(fixed)}
+
+    def judge(key: jax.Array, meta: Any, part: tasks.ClassData, *, tasks: int) -> dict[str, jax.Array]:
+        return jax.lax.map(lambda key: one(key, meta, part), jax.random.split(key, tasks))
+
+    return judge
+
+
+def uses_batch_norm(preset: Preset) -> bool:
+    """Whether predictions can depend on the rows beside them."""
+    return preset.network == "resnet12" or preset.norm == "batch"
+
+
+def job(config: Config) -> None:
+    """The whole run."""
+    preset = settings(config)
+    sources, weights = check(config, preset)
+    devices = spread(config, preset)
+    target = config.test or sources[0]
+    shape = SHAPES.get(target, SHAPES.get(sources[0]))
+    parts = [load_parts(name, shape, config.data_dir) for name in sources]
+    test = load_parts(target, shape, config.data_dir).test
+    ways, shots = preset.train_ways or config.ways, preset.train_shots or config.shots
+    supervised = config.learner == "supervised"
+    turns = [4 if part.rotations else 1 for part in parts]
+    classes = parts[0].train.count.shape[0] * turns[0] if supervised else ways
+    least = min(part.train.count.shape[0] * turn for part, turn in zip(parts, turns, strict=True))
+    held = min(part.validation.count.shape[0] for part in parts)
+    if not supervised and ways > least:
+        raise UsageError(f"meta-training tasks of {ways} ways wanted, a source has {least} classes; give --train-ways "
+                         f"{least} or less")  # fmt: skip
+    if config.ways > min(held, test.count.shape[0]):
+        raise UsageError(f"--ways {config.ways} wanted, {target!r} has {test.count.shape[0]} test classes and a source "
+                         f"{held} for validation; give --ways {min(held, test.count.shape[0])} or less")  # fmt: skip
+    with arguments():
+        learner = make_learner(config.learner, make_model(preset, classes), preset, testing=False)
+        model = make_model(preset, config.ways)
+        tester = make_learner(config.learner, model, preset, testing=True)
+        draw = [
+            tasks.supervised(rows=preset.train_queries, rotations=part.rotations)
+            if supervised
+            else tasks.few_shot(ways=ways, shots=shots, queries=preset.train_queries, rotations=part.rotations)
+            for part in parts
+        ]
+        outer = outer_loop(
+            learner, tasks.mixture(draw, weights), optimizer=make_optimizer(preset), tasks=preset.tasks,
+            chunk=1 if jax.default_backend() == "cpu" else None, axis_name=parallel.AXIS if devices > 1 else None,
+        )  # fmt: skip
+    out = config.out or f"runs/few_shot/{'+'.join(sources)}-{target}-{config.learner}-{config.ways}-{config.shots}"
+    folder = RunFolder(out, config, resume=config.resume, free=FREE)
+    pieces = min(PIECES, preset.steps)
+    each = -(-preset.steps // pieces)
+    init_key, run_key, validation_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
+    like = parts[0].train.x[:1]
+    state = jax.jit(outer.init)(init_key, like)
+    if config.init is not None:
+        state = started(config.init, state)
+    fresh = jax.jit(tester.init)(init_key, like)
+    judge = make_judge(config, preset, tester, model, fresh)
+    if devices > 1:
+        run = parallel.outer_run(outer, steps=each, devices=jax.local_devices()[:devices])
+    else:
+        run = jax.jit(functools.partial(outer.run, steps=each))
+    validate = jax.jit(functools.partial(judge, tasks=config.validation_tasks))
+
+    def judge_all(meta: Any, held_out: tuple) -> dict[str, np.ndarray]:
+        found = [validate(validation_key, meta, part) for part in held_out]
+        return {name: np.concatenate([one[name] for one in found]) for name in found[0]}
+
+    state, records = train_in_pieces(
+        folder, state, pieces=pieces, each=each,
+        load=lambda: (jax.device_put(tuple(p.train for p in parts)), jax.device_put([p.validation for p in parts])),
+        run=lambda state, train: run(run_key, state, train),
+        judge=judge_all,
+    )  # fmt: skip
+    chosen_by = "transductive" if uses_batch_norm(preset) and preset.statistics == "batch" else "non_transductive"
+    best = int(np.argmax([record[f"validation_{chosen_by}"] for record in records]))
+    meta = jax.device_put(checkpoint.restore(piece_path(folder, best), state)).meta
+    checkpoint.save(folder.path / "meta_parameters", meta, config=dataclasses.asdict(config))
+
+    def compute() -> list[dict]:
+        held = jax.device_get(jax.jit(functools.partial(judge, tasks=config.test_tasks))(test_key, meta, test))
+        return [{"series": "test", "at": (best + 1) * each, "task": i,
+                 **{name: round_to(values[i]) for name, values in held.items()}}
+                for i in range(config.test_tasks)]  # fmt: skip
+
+    judged = folder.step("test", compute)
+    metrics = sorted(set(judged[0]) - {"series", "at", "task"}, reverse=True)
+    found = {name: interval(np.array([record[name] for record in judged])) for name in metrics}
+    published = PUBLISHED.get((target, config.learner), {}).get((config.ways, config.shots))
+    rows = [
+        {"learner": config.learner, "source": "+".join(sources), "target": target, "metric": f"accuracy_{name}",
+         "ways": config.ways, "shots": config.shots, "mean": round(value.mean, 5), "low": round(value.low, 5),
+         "high": round(value.high, 5), "tasks": config.test_tasks, "step": (best + 1) * each,
+         **({"published": published} if published is not None else {})}
+        for name, value in found.items()
+    ]  # fmt: skip
+    title = f"{config.learner}, {target}, {config.ways}-way {config.shots}-shot"
+    paths = [folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])]
+    for path in paths:
+        write_results(
+            path, command=command(), environment=environment(), seconds=folder.seconds(),
+            config={**dataclasses.asdict(config), "settings": dataclasses.asdict(preset)}, rows=rows, paired=[],
+        )  # fmt: skip
+    picture(records, found, metrics, folder.path / "results.png", title)
+    print(f"\n{title}: accuracy in %, mean and 95 % interval over {config.test_tasks} tasks")
+    for name, value in found.items():
+        print(f"  {name.replace('_', '-'):18} {100 * value.mean:.2f} ± {50 * (value.high - value.low):.2f}")
+    if published is not None:
+        print(f"  {'published':18} {published}")
+    print(f"checkpoint of step {(best + 1) * each}, {folder.seconds() / 60:.1f} minutes; run folder: {folder.path}")
+
+
+def started(path: str, state: Any) -> Any:
+    """The outer loop's fresh state with another run's body."""
+    folder = Path(path)
+    folder = folder / "meta_parameters" if (folder / "meta_parameters").is_dir() else folder
+    try:
+        return state._replace(meta=learners.transfer(jax.device_put(checkpoint.load(folder)), state.meta))
+    except ValueError as error:
+        raise UsageError(f"--init {path}: {error}") from error
+
+
+def picture(records: list[dict], found: dict, metrics: list[str], path: Path, title: str) -> None:
+    """Validation accuracy along the training, and where the test ended."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.8))
+    for number, name in enumerate(metrics):
+        at = [record["at"] for record in records]
+        axis.plot(at, [100 * record[f"validation_{name}"] for record in records], color=f"C{number}",
+                  label=f"validation, {name.replace('_', '-')}")  # fmt: skip
+        value = found[name]
+        axis.axhline(100 * value.mean, color=f"C{number}", linestyle="--", linewidth=1,
+                     label=f"test, {100 * value.mean:.1f} %")  # fmt: skip
+    axis.set_xlabel("outer steps")
+    axis.set_ylabel("accuracy, %")
+    axis.set_title(title)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(lambda: job(tyro.cli(Config)))

@@ -1,0 +1,184 @@
+"""What `few_shot.py` runs: learners by name, the settings of their presets, and the papers' figures beside them."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import flax.linen as nn
+import optax
+
+from metaal_jax import learners, models
+from metaal_jax.base import Learner
+
+LEARNERS = {
+    "maml": "MAML, second order",
+    "fomaml": "first-order MAML",
+    "anil": "MAML that adapts the last layer alone",
+    "meta_sgd": "MAML with a learned step size for every parameter",
+    "maml_plus_plus": "MAML with a multi-step loss, learned step sizes and norm layers per step",
+    "reptile": "Reptile",
+    "implicit_maml": "MAML with implicit gradients",
+    "protonet": "prototypical networks",
+    "r2d2": "ridge regression on a meta-learned embedding",
+    "metaoptnet": "a support vector machine on a meta-learned embedding",
+    "supervised": "plain training on all source classes, then ridge regression on its embedding",
+}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The settings of one learner; a task of meta-training may have other ways and shots than one of the test."""
+
+    network: Literal["conv4", "resnet12"] = "conv4"
+    filters: int = 32
+    downsample: Literal["stride", "pool"] = "stride"
+    norm: Literal["batch", "group", "none"] = "batch"
+    statistics: Literal["batch", "support"] = "batch"
+    train_ways: int | None = None
+    train_shots: int | None = None
+    train_queries: int = 5
+    steps: int = 20000
+    tasks: int = 8
+    optimizer: Literal["adam", "sgd"] = "adam"
+    rate: float = 3e-3
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    inner_rate: float = 0.4
+    inner_steps: int = 1
+    eval_steps: int = 3
+    minibatch: int | None = None
+    proximal: float = 2.0
+    solver_steps: int = 5
+    scale: float = 1.0
+    ridge: float = 1.0
+
+
+SECOND_ORDER = Preset()
+CLOSED = Preset(train_ways=20, statistics="support", tasks=2, inner_steps=0, eval_steps=0)
+
+BUDGET: dict[str, Preset] = {
+    "maml": SECOND_ORDER,
+    "fomaml": SECOND_ORDER,
+    "anil": dataclasses.replace(SECOND_ORDER, inner_rate=0.1, inner_steps=5, eval_steps=5),
+    "meta_sgd": dataclasses.replace(SECOND_ORDER, eval_steps=1),
+    "maml_plus_plus": dataclasses.replace(SECOND_ORDER, inner_rate=0.1, inner_steps=3, eval_steps=3, tasks=4),
+    "reptile": dataclasses.replace(
+        SECOND_ORDER, train_shots=10, train_queries=1, inner_rate=1e-3, inner_steps=5, eval_steps=50, minibatch=10,
+        optimizer="sgd", rate=1.0, schedule="linear", tasks=4,
+    ),
+    "implicit_maml": dataclasses.replace(SECOND_ORDER, inner_rate=0.1, inner_steps=12, eval_steps=12, tasks=4),
+    "protonet": CLOSED,
+    "r2d2": CLOSED,
+    "metaoptnet": CLOSED,
+    "supervised": dataclasses.replace(CLOSED, rate=1e-3, tasks=1, train_queries=64),
+}  # fmt: skip
+
+# The protocols of the papers: their networks, tasks and numbers of steps. For a GPU.
+PAPER: dict[str, dict[str, Preset]] = {
+    "omniglot": {
+        "maml": Preset(filters=64, steps=60000, tasks=32, rate=1e-3, schedule="constant", train_queries=1),
+        "fomaml": Preset(filters=64, steps=60000, tasks=32, rate=1e-3, schedule="constant", train_queries=1),
+        "anil": Preset(filters=64, steps=60000, tasks=32, rate=1e-3, schedule="constant", train_queries=1),
+        "meta_sgd": Preset(filters=64, steps=60000, tasks=32, rate=1e-3, schedule="constant", eval_steps=1),
+        "maml_plus_plus": Preset(
+            filters=64, downsample="pool", steps=75000, tasks=16, rate=1e-3, inner_rate=0.1, inner_steps=5, eval_steps=5
+        ),
+        "reptile": Preset(
+            filters=64, train_shots=10, train_queries=1, steps=100000, tasks=5, optimizer="sgd", rate=1.0,
+            schedule="linear", inner_rate=1e-3, inner_steps=5, eval_steps=50, minibatch=10,
+        ),
+        "implicit_maml": Preset(
+            filters=64, steps=20000, tasks=32, rate=1e-3, inner_rate=0.1, inner_steps=16, eval_steps=16,
+        ),
+        "protonet": Preset(
+            filters=64, downsample="pool", statistics="support", train_ways=60, steps=60000, tasks=1, rate=1e-3,
+        ),
+        "r2d2": Preset(
+            filters=64, downsample="pool", statistics="support", train_ways=60, steps=60000, tasks=1, rate=1e-3,
+        ),
+        "metaoptnet": Preset(
+            filters=64, downsample="pool", statistics="support", train_ways=20, steps=60000, tasks=4, rate=1e-3,
+        ),
+        "supervised": Preset(filters=64, downsample="pool", steps=60000, tasks=1, train_queries=256, rate=1e-3),
+    },
+}  # fmt: skip
+_CIFAR = {"downsample": "pool", "filters": 64}
+PAPER["cifar_fs"] = {
+    **{name: dataclasses.replace(preset, downsample="pool") for name, preset in PAPER["omniglot"].items()},
+    "maml": Preset(
+        **_CIFAR, steps=60000, tasks=4, rate=1e-3, schedule="constant", inner_rate=0.01, inner_steps=5,
+        eval_steps=10, train_queries=15,
+    ),
+    "protonet": Preset(**_CIFAR, statistics="support", train_ways=20, train_queries=15, steps=40000, tasks=1),
+    "r2d2": Preset(**_CIFAR, statistics="support", train_ways=20, train_queries=15, steps=40000, tasks=1),
+    "metaoptnet": Preset(
+        network="resnet12", statistics="support", train_shots=5, train_queries=6, steps=60000, tasks=8, optimizer="sgd",
+        rate=0.1,
+    ),
+}  # fmt: skip
+
+# Accuracy in percent by (data, learner): (ways, shots) -> figure of the paper.
+PUBLISHED: dict[tuple[str, str], dict[tuple[int, int], float]] = {
+    ("omniglot", "maml"): {(5, 1): 98.7, (5, 5): 99.9, (20, 1): 95.8, (20, 5): 98.9},
+    ("omniglot", "reptile"): {(5, 1): 97.68, (5, 5): 99.48, (20, 1): 89.43, (20, 5): 97.12},
+    ("omniglot", "maml_plus_plus"): {(5, 1): 99.47, (20, 1): 97.65},
+    ("cifar_fs", "metaoptnet"): {(5, 1): 72.6, (5, 5): 84.3},
+    ("cifar_fs", "protonet"): {(5, 1): 55.5, (5, 5): 72.0},
+}
+
+
+def preset_of(name: str, learner: str, data: str) -> Preset:
+    """The preset of a learner; the papers' protocols for other data are those for Omniglot."""
+    return BUDGET[learner] if name == "budget" else PAPER.get(data, PAPER["omniglot"])[learner]
+
+
+def make_model(preset: Preset, classes: int) -> nn.Module:
+    """The preset's network."""
+    if preset.network == "resnet12":
+        return models.ResNet12(classes)
+    return models.Conv4(classes, filters=preset.filters, downsample=preset.downsample, norm=preset.norm)
+
+
+def make_learner(name: str, model: nn.Module, preset: Preset, *, testing: bool) -> Learner:
+    """A learner by name, as it is meta-trained or as it adapts to test tasks."""
+    steps = preset.eval_steps if testing else preset.inner_steps
+    common: dict[str, Any] = {"statistics": preset.statistics}
+    sgd = {"inner": optax.sgd(preset.inner_rate), "steps": steps, "unroll": True, **common}
+    if name in ("maml", "fomaml"):
+        return learners.maml(model, first_order=name == "fomaml", **sgd)
+    if name == "anil":
+        return learners.anil(model, **sgd)
+    if name == "meta_sgd":
+        return learners.meta_sgd(model, rate=preset.inner_rate, steps=steps, unroll=True, **common)
+    if name == "maml_plus_plus":
+        return learners.maml_plus_plus(
+            model, rate=preset.inner_rate, steps=preset.inner_steps, anneal_steps=max(preset.steps // 4, 1),
+            per_step_norm=preset.norm != "none", unroll=True, **common,
+        )  # fmt: skip
+    if name == "reptile":
+        inner = optax.adam(preset.inner_rate, b1=0.0)
+        # The papers' test tasks are learned in mini-batches of as many rows as there are.
+        return learners.reptile(model, inner=inner, steps=steps, minibatch=None if testing else preset.minibatch,
+                                **common)  # fmt: skip
+    if name == "implicit_maml":
+        return learners.implicit_maml(
+            model, inner=optax.sgd(preset.inner_rate), steps=steps, proximal=preset.proximal,
+            solver_steps=preset.solver_steps, **common,
+        )  # fmt: skip
+    if name == "protonet":
+        return learners.protonet(model, temperature=preset.scale, learn=("temperature",), **common)
+    if name == "r2d2" or (name == "supervised" and testing):
+        learn = ("ridge", "scale") if name == "r2d2" else ()
+        return learners.r2d2(model, ridge=preset.ridge, scale=preset.scale, learn=learn, **common)
+    if name == "metaoptnet":
+        return learners.metaoptnet(model, scale=preset.scale, **common)
+    return learners.fine_tune(model, optimizer=optax.sgd(preset.inner_rate), steps=0, statistics=preset.statistics)
+
+
+def make_optimizer(preset: Preset) -> optax.GradientTransformation:
+    """The outer optimiser with its schedule."""
+    rate: Any = preset.rate
+    if preset.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(preset.rate, preset.steps)
+    elif preset.schedule == "linear":
+        rate = optax.linear_schedule(preset.rate, 0.0, preset.steps)
+    return optax.adam(rate) if preset.optimizer == "adam" else optax.sgd(rate)
