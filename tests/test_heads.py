@@ -74,6 +74,17 @@ def test_both_forms_of_ridge_agree(intercept):
     np.testing.assert_allclose(dual["bias"], primal["bias"], atol=2e-5)
 
 
+def test_ridge_below_rounding_is_finite():
+    """Four equal rows of each class: their kernel is singular, and in float32 it stays so."""
+    embedding, y, weight = features(3, 30)
+    rows = 1e3 * embedding.repeat(4, 0), y.repeat(4), weight.repeat(4)
+    value, slope = jax.jit(jax.value_and_grad(lambda z: ridge_head(z, *rows[1:], 3, ridge=1e-6)["kernel"].sum()))(
+        rows[0]
+    )
+    assert np.isfinite(value)
+    assert np.isfinite(slope).all()
+
+
 def test_svm_without_ridge_is_liblinears():
     embedding, y, weight = features(30, 6, dtype=np.float64)
     machine = LinearSVC(

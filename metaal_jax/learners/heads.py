@@ -7,6 +7,7 @@ from jax import Array, lax
 from metaal_jax.base import PyTree, require
 
 ABSENT = -1e3  # logit of a class without a label
+FULL_PRECISION = jax.default_matmul_precision("highest")  # full float32, which graphics cards do not take by default
 
 
 def prototype_head(
@@ -29,7 +30,7 @@ def prototype_head(
     return {"kernel": temperature * centres.T, "bias": bias}
 
 
-@jax.default_matmul_precision("highest")
+@FULL_PRECISION
 def ridge_head(
     embedding: Array,
     y: Array,
@@ -51,7 +52,8 @@ def ridge_head(
       y: int32 `[n]`.
       weight: float32 `[n]`, 0 = padding.
       classes: number of classes `c`.
-      ridge: strength of the regularisation, above 0, against a sum over rows: more rows count for more.
+      ridge: strength of the regularisation, above 0, against a sum over rows: more rows count for more. Less than
+        rounding leaves of it, a unit in the last place of the weighted sum of squares, counts as that much.
       scale: factor on the regression's outputs, which lie about between 0 and 1: the cross entropy wants it larger.
       intercept: fits `b`, which is not regularised; otherwise `b = 0`, as in R2D2.
 
@@ -75,6 +77,8 @@ def ridge_head(
     weighted = weight[:, None] * target
     # LU in both forms: for the rows because weights on one side only leave no square root to differentiate at 0, for
     # the features because a Cholesky factor is NaN where rounding makes the matrix indefinite.
+    power = weight @ (embedding**2).sum(-1)
+    ridge = jnp.maximum(ridge, jnp.finfo(embedding.dtype).eps * power)
     if rows < features:
         gram = weight[:, None] * (embedding @ embedding.T)
         kernel = embedding.T @ jnp.linalg.solve(gram + ridge * jnp.eye(rows, dtype=gram.dtype), weighted)
@@ -86,7 +90,7 @@ def ridge_head(
     return {"kernel": scale * kernel, "bias": jnp.where(count > 0, scale * bias, ABSENT)}
 
 
-@jax.default_matmul_precision("highest")
+@FULL_PRECISION
 def svm_head(
     embedding: Array,
     y: Array,
@@ -113,7 +117,8 @@ def svm_head(
       penalty: price of a unit of hinge loss (`C`), above 0. This and `ridge` are as in MetaOptNet's code.
       ridge: at least 0.
       scale: factor on the outputs, whose margin is 1: the cross entropy wants it larger.
-      iterations: of the solver, at least 1; `svm_residual` says whether they are enough.
+      iterations: of the solver, at least 1; `svm_residual` says whether they are enough. 100 leave less than 0.001
+        in float32, unless overlapping classes of more rows than features meet a `penalty |z|^2` far above 1.
 
     Returns:
       `{"kernel": [d, c], "bias": [c]}`. A class without a label is left out of the problem: its kernel is 0 and its
@@ -131,7 +136,7 @@ def svm_head(
     return {"kernel": scale * (embedding.T @ dual), "bias": bias}
 
 
-@jax.default_matmul_precision("highest")
+@FULL_PRECISION
 def svm_residual(
     embedding: Array,
     y: Array,
@@ -168,6 +173,7 @@ def _svm_problem(
     return gram, jax.nn.one_hot(y, classes, dtype=embedding.dtype), penalty * weight
 
 
+@FULL_PRECISION
 def svm_dual(gram: Array, target: Array, size: Array, *, iterations: int) -> Array:
     """Minimises `1/2 tr(a^T gram a) - tr(a^T target)` subject to `a <= size target` and row sums of 0.
 
@@ -220,7 +226,8 @@ def svm_dual(gram: Array, target: Array, size: Array, *, iterations: int) -> Arr
 def _splitting(gram: Array, target: Array, upper: Array, labelled: Array, iterations: int) -> Array:
     """Solves the problem of `svm_dual`, scaled, by Douglas-Rachford splitting (over-relaxed ADMM).
 
-    It goes back and forth between the quadratic, whose matrix is inverted once, and the constraints.
+    It goes back and forth between the quadratic, whose matrix is inverted once, and the constraints. On embeddings
+    after a ReLU it needs a tenth of the steps of accelerated projected gradients, at the same cost a step.
     """
     real = upper.sum(-1) > 0
     inverse = jnp.linalg.inv(jnp.eye(len(gram), dtype=gram.dtype) + jnp.where(real[:, None] & real, gram, 0.0))
@@ -239,7 +246,7 @@ def _project(v: Array, upper: Array, labelled: Array) -> tuple[Array, Array]:
     Inside, all entries of a row are shifted alike. Entry `k` is inside if the shift that puts it on the box leaves a
     sum of at least 0. Comparing all pairs is several times faster than sorting.
     """
-    above = jnp.where(labelled, v - upper, 1e30)
+    above = jnp.where(labelled, v - upper, 1e30)  # so far above that it never gets inside
     total = upper.sum(-1, keepdims=True)
     inside = labelled & (total + jnp.minimum(above[:, :, None] - above[:, None, :], 0.0).sum(1) >= 0)
     shift = (total + jnp.where(inside, v - upper, 0.0).sum(-1, keepdims=True)) / _count(inside)
