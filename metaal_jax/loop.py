@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from metaal_jax import stopping
-from metaal_jax.acquisition.pool import predict_pool
 from metaal_jax.base import (
     ActiveLearner,
     Batch,
@@ -24,6 +23,7 @@ from metaal_jax.base import (
     take,
 )
 from metaal_jax.metrics import Score, score
+from metaal_jax.rows import predict_pool
 
 
 class ActiveState(NamedTuple):

@@ -35,10 +35,11 @@ from metaal_jax.acquisition.influence import (
     predicted_loss,
 )
 from metaal_jax.acquisition.information import batch_bald, epig
-from metaal_jax.acquisition.lifts import one_of, per_row, pick_in_turn, row_noise, select_top, top_k
-from metaal_jax.acquisition.pool import predict_pool, score_pool
+from metaal_jax.acquisition.lifts import one_of, per_row, pick_in_turn, select_top, top_k
+from metaal_jax.acquisition.pool import score_pool
 from metaal_jax.acquisition.refit import expected_error_reduction, greedy_oracle
 from metaal_jax.acquisition.uncertainty import entropy, least_confident, margin, random, ratio, tempered
+from metaal_jax.rows import predict_pool, row_noise
 
 __all__ = [
     "badge",

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from metaal_jax.acquisition.diversity import centred, squared_distances, unit_rows
-from metaal_jax.acquisition.lifts import Scorer, check_count, fixed_rule, pick_in_turn, row_noise, select_top
+from metaal_jax.acquisition.diversity import centred, unit_rows
+from metaal_jax.acquisition.lifts import Scorer, check_count, fixed_rule, pick_in_turn, select_top
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
+from metaal_jax.rows import place_in_group, row_noise, squared_distances
 
 
 def draw(key: Array, weight: Array) -> Array:
@@ -284,9 +285,8 @@ def cluster_balanced(scorer: Scorer, *, k: int, clusters: int | None = None, ite
         scores = jnp.nan_to_num(scorer(score_key, view), nan=-jnp.inf)
         assignment = jnp.where(view.available, policy_state, n)
         size = jax.ops.segment_sum(jnp.ones(n, jnp.int32), assignment, n + 1)
-        noise, position = row_noise(tie_key, view.row), jnp.arange(n, dtype=jnp.int32)
-        order = jnp.lexsort((noise, -scores, assignment))
-        lap = position.at[order].set(position - (jnp.cumsum(size) - size)[assignment[order]])
+        noise = row_noise(tie_key, view.row)
+        lap = place_in_group(assignment, scores, noise, groups=n + 1)
         index = jnp.lexsort((noise, size[assignment], lap, ~view.available))[:k].astype(jnp.int32)
         return Decision(index=index, valid=view.available[index], log_prob=jnp.zeros(()), scores=scores)
 

@@ -8,8 +8,8 @@ import numpy as np
 from jax import Array
 
 from metaal_jax.acquisition.lifts import Scorer, check_count, descending_rank, one_of, select_top
-from metaal_jax.acquisition.pool import predict_pool
 from metaal_jax.base import Decision, Learner, Policy, PoolView, PyTree, require, take
+from metaal_jax.rows import predict_pool
 
 
 def sum_of_ranks(scorers: Sequence[Scorer], *, weights: Sequence[float] | Array | None = None) -> Scorer:

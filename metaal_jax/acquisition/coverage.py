@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.clustering import kmeans
-from metaal_jax.acquisition.diversity import centred, squared_distances, stand_ins, unit_rows
-from metaal_jax.acquisition.lifts import fixed_rule, pick_in_turn, row_noise
+from metaal_jax.acquisition.diversity import centred, stand_ins, unit_rows
+from metaal_jax.acquisition.lifts import fixed_rule, pick_in_turn
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
+from metaal_jax.rows import row_noise, squared_distances
 
 
 def cover_greedily(key: Array, view: PoolView, k: int, similarity: Array, covered: Array, found: Array) -> Decision:

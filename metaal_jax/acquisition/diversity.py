@@ -5,13 +5,7 @@ from jax import Array, lax
 
 from metaal_jax.acquisition.lifts import fixed_rule, pick_in_turn, select_top
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
-
-
-def squared_distances(a: Array, b: Array) -> Array:
-    """Squared Euclidean distances of the rows of `a` `[n, d]` and `b` `[m, d]`, `[n, m]`, by one matrix product."""
-    # The squares first: then the distance of i to j is that of j to i to the last bit.
-    square = (a**2).sum(-1)[:, None] + (b**2).sum(-1)
-    return jnp.maximum(square - 2.0 * a @ b.T, 0.0)
+from metaal_jax.rows import squared_distances
 
 
 def unit_rows(embedding: Array) -> Array:

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.clustering import draw
-from metaal_jax.acquisition.lifts import check_count, fixed_rule, row_noise
+from metaal_jax.acquisition.lifts import check_count, fixed_rule
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
 from metaal_jax.losses import consensus
+from metaal_jax.rows import row_noise
 
 
 def badge(*, k: int, covered: bool = True) -> Policy:

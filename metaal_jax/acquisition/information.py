@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.disagreement import bald, require_committee
-from metaal_jax.acquisition.lifts import check_count, fixed_rule, row_noise, select_top
+from metaal_jax.acquisition.lifts import check_count, fixed_rule, select_top
 from metaal_jax.acquisition.uncertainty import entropy_of
 from metaal_jax.base import Decision, Learner, Policy, PoolView, PyTree, require
 from metaal_jax.losses import consensus, weighted_mean
+from metaal_jax.rows import row_noise
 
 BLOCK_ELEMENTS = 2**20  # floats of the largest intermediate array, which a processor's cache can hold
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
+from metaal_jax.rows import row_noise
 
 Scorer = Callable[[Array, PoolView], Array]
 
@@ -20,15 +21,6 @@ def per_row(score: Callable[[Array], Array]) -> Scorer:
         return jax.vmap(score, in_axes=1)(view.prediction.logits)
 
     return scorer
-
-
-def row_noise(key: Array, row: Array) -> Array:
-    """30 random bits for each row number, int32 `[n]`, drawn from `fold_in(key, row)`.
-
-    The draw belongs to the row and not to its position: whole, chunked, sharded, permuted and padded pools agree.
-    """
-    bits = jax.vmap(lambda r: jax.random.bits(jax.random.fold_in(key, r), dtype=jnp.uint32))(row)
-    return (bits >> 2).astype(jnp.int32)
 
 
 def check_count(k: int, n: int) -> None:

@@ -1,43 +1,11 @@
-"""Prediction and scores for pools whose intermediate results would not fit memory at once."""
+"""Scores for pools whose predictions would not fit memory at once."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from metaal_jax.acquisition.lifts import Scorer
-from metaal_jax.base import Learner, PoolView, Prediction, PyTree, empty_batch, require, rows_of
-
-
-def _in_chunks(f, arrays: PyTree, chunk: int | None) -> PyTree:
-    """`f` on slices of `chunk` rows, one after the other; `f` must treat rows independently."""
-    n = rows_of(arrays)
-    if chunk is None or chunk >= n:
-        return f(arrays)
-    whole = n // chunk * chunk
-    blocks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, chunk, *leaf.shape[1:]), arrays)
-    parts = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.lax.map(f, blocks))]
-    if whole < n:
-        parts.append(f(jax.tree.map(lambda leaf: leaf[whole:], arrays)))
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-
-def predict_pool(learner: Learner, params: PyTree, x: PyTree, *, chunk: int | None = None) -> Prediction:
-    """`learner.predict(params, x)`, `chunk` rows at a time.
-
-    The result is that of the whole pool, provided that the learner treats rows independently (a batch norm over the
-    rows at hand does not). Logits and embeddings are kept for the whole pool; `score_pool` does not keep them.
-
-    Raises:
-      ValueError: for a chunk below 1.
-    """
-    require(chunk is None or chunk >= 1, f"predict_pool: chunk must be at least 1 or None, got {chunk}")
-    if chunk is None or chunk >= rows_of(x):
-        return learner.predict(params, x)
-
-    def rows_first(x: PyTree) -> Prediction:
-        return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), learner.predict(params, x))
-
-    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), _in_chunks(rows_first, x, chunk))
+from metaal_jax.base import Learner, PoolView, PyTree, empty_batch, require
+from metaal_jax.rows import in_chunks
 
 
 def score_pool(
@@ -81,4 +49,4 @@ def score_pool(
         )
         return scorer(key, view)
 
-    return _in_chunks(score, (x, row), chunk)
+    return in_chunks(score, (x, row), chunk)

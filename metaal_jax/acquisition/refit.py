@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from metaal_jax.acquisition.lifts import Scorer, check_count, row_noise, select_top
+from metaal_jax.acquisition.lifts import Scorer, check_count, select_top
 from metaal_jax.acquisition.uncertainty import entropy_of
 from metaal_jax.base import Batch, Decision, Learner, Policy, PoolView, PyTree, pad_batch, require, rows_of, take
 from metaal_jax.losses import accuracy, consensus, cross_entropy, weighted_mean
+from metaal_jax.rows import row_noise
 
 Loss = Literal["log", "zero_one"]
 

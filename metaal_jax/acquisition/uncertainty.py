@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from metaal_jax.acquisition.lifts import Scorer, per_row, row_noise
+from metaal_jax.acquisition.lifts import Scorer, per_row
 from metaal_jax.base import PoolView, require
 from metaal_jax.losses import consensus
+from metaal_jax.rows import row_noise
 
 
 def random(key: Array, view: PoolView) -> Array:
