@@ -9,6 +9,7 @@ from metaal_jax.learners.heads import prototype_head, ridge_head, svm_head
 from metaal_jax.learners.loss_prediction import loss_predictor
 from metaal_jax.learners.maml import anil, fine_tune, implicit_maml, maml, maml_plus_plus, meta_sgd, reptile
 from metaal_jax.learners.meta_gradient import annealed, implicit, reptile_difference, through
+from metaal_jax.learners.semi_supervised import label_propagation, pseudo_labels
 from metaal_jax.learners.transfer import transfer
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "implicit",
     "implicit_maml",
     "inner_loop",
+    "label_propagation",
     "laplace",
     "loss_predictor",
     "maml",
@@ -31,6 +33,7 @@ __all__ = [
     "metaoptnet",
     "protonet",
     "prototype_head",
+    "pseudo_labels",
     "r2d2",
     "reptile",
     "reptile_difference",
