@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from meta_learners import META_LEARNERS, OWN_HEAD, SEMI_SUPERVISED, make_meta_learner, semi_supervised
 from metaal_jax import acquisition, learners, models
 from metaal_jax.acquisition import predict_pool
 from metaal_jax.base import Batch, Learner, Policy, Problem, PyTree
@@ -16,11 +17,16 @@ from metaal_jax.loop import active_learner, evaluate, grow
 from metaal_jax.metrics import Score
 from registry import Need, find, make_policy
 
-LEARNERS = {
+PLAIN = {
     "scratch": "the network trained from a random initialisation on the labels bought so far",
-    "maml": "the same network adapted from its meta-learned initialisation",
-    "frozen": "the meta-learned body kept as it is, a linear layer trained on its standardised embedding",
+    "frozen": "maml's body kept as it is, a linear layer trained on its standardised embedding",
     "logistic": "logistic regression on the pixels",
+}
+# With "+pseudo" or "+propagation" a learner also learns from the pool's unlabelled rows.
+LEARNERS = {
+    f"{name}{suffix}": text
+    for suffix in ("", *(f"+{kind}" for kind in SEMI_SUPERVISED))
+    for name, text in {**PLAIN, **META_LEARNERS}.items()
 }
 
 
@@ -50,9 +56,10 @@ class Arm(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What one run gives: scores after every batch, `[rounds]`; on all test rows at the end; the labels bought."""
+    """What one run gives: scores after every batch, `[rounds]`, without labels, and on all test rows at the end."""
 
     test: Score
+    cold: Score
     final: Score
     y: Array
     count: Array
@@ -132,7 +139,8 @@ def _first_rule(strategy: str, config: Any) -> Policy:
 
 def _supervised(learner: str, classes: int, shape: tuple[int, ...], config: Any) -> tuple[nn.Module, dict[str, Any]]:
     """The model that a learner trains without meta-learning, and the options of its training."""
-    kind = learner if learner in ("logistic", "frozen") else "scratch"
+    base = learner.partition("+")[0]
+    kind = base if base in ("logistic", "frozen") else "scratch"
     linear = models.MLP(classes, hidden=(), zero_head=True)
     model = make_model(classes, shape, config) if kind == "scratch" else linear
     rate, decay, steps = (getattr(config, f"{kind}_{name}") for name in ("rate", "decay", "steps"))
@@ -141,6 +149,10 @@ def _supervised(learner: str, classes: int, shape: tuple[int, ...], config: Any)
 
 def _learner(learner: str, classes: int, shape: tuple[int, ...], config: Any):
     """The base learner of this name: `(learner, start, prepare, source of a committee's difference)`."""
+    learner, _, kind = learner.partition("+")
+    if kind:
+        base, start, prepare, source = _learner(learner, classes, shape, config)
+        return semi_supervised(base, kind, config), start, prepare, source
     model = make_model(classes, shape, config)
 
     def keep(meta: PyTree, problem: Problem, test: Batch) -> tuple[Problem, Batch]:
@@ -153,14 +165,10 @@ def _learner(learner: str, classes: int, shape: tuple[int, ...], config: Any):
         own_model, training = _supervised(learner, classes, shape, config)
         base = learners.fine_tune(own_model, **training)
         return base, fresh, keep, "both" if learner == "scratch" else "bootstrap"
-    if learner == "maml":
-        inner = optax.partition(
-            {"head": optax.adam(config.adapt_rate), "body": optax.adam(config.adapt_body_rate)},
-            lambda params: {"params": {name: "head" if name == "head" else "body" for name in params["params"]}},
-        )
-        base = learners.maml(
-            model, inner=inner, steps=config.adapt_steps, head="prototypes", temperature=config.temperature
-        )
+    if learner in META_LEARNERS:
+        base = make_meta_learner(learner, model, config, testing=True)
+        if learner in OWN_HEAD:
+            return base, lambda key, meta, x: meta, keep, "bootstrap"
         return base, lambda key, meta, x: without_head(model, meta, x), keep, "bootstrap"
     if learner != "frozen":
         raise ValueError(f"unknown learner {learner!r}; choose from {list(LEARNERS)}")
@@ -224,6 +232,7 @@ def make_run(arm: Arm, sampler: Callable, config: Any) -> Callable[..., Curves]:
             scores.append(trace)
             done = capacity
         return Curves(
+            cold=evaluate(arm.single, unlabelled.params, problem.test, chunk=chunk),
             test=jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *scores),
             final=evaluate(arm.learner, state.params, test, chunk=chunk),
             y=state.labelled.y,

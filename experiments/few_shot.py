@@ -94,6 +94,10 @@ class Config:
     """Instead of the preset's: inner learning rate."""
     inner_steps: int | None = None
     """Instead of the preset's: inner steps in meta-training."""
+    proximal: float | None = None
+    """Instead of the preset's: pull to the initialisation of implicit_maml."""
+    damping: float | None = None
+    """Instead of the preset's: what implicit_maml adds to the Hessian when it solves for the gradient."""
     eval_steps: int | None = None
     """Instead of the preset's: inner steps on test tasks."""
     seed: int = 0

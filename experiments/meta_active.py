@@ -15,7 +15,7 @@ import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,8 @@ import tyro
 from tqdm import tqdm
 
 from arms import LEARNERS, Arm, Curves, make_arms, make_run
-from meta_training import make_meta_job, meta_train
+from meta_learners import meta_learner_of
+from meta_training import make_meta_job, meta_data, meta_train
 from metaal_jax import data, tasks
 from metaal_jax.base import Batch
 from registry import ALIASES, STRATEGIES, find, listing
@@ -41,7 +42,9 @@ class Config:
     target: str = "digits"
     """Data set for active learning. If it is the source, its classes are split: first half source, rest target."""
     learners: str = "scratch,maml,frozen,logistic"
-    """Comma-separated, of: scratch, maml, frozen, logistic."""
+    """Comma-separated, of: scratch, logistic, frozen (maml's body), maml, fomaml, anil, meta_sgd, reptile,
+    implicit_maml, protonet, r2d2, metaoptnet. With +pseudo or +propagation, as in maml+propagation, a learner also
+    learns from the pool's unlabelled rows."""
     strategies: Annotated[str, tyro.conf.arg(help=f"Comma-separated, of:\n{listing()}\n")] = (
         "random,entropy,margin,committee,typical"
     )
@@ -102,6 +105,22 @@ class Config:
     """Their learning rate for the other layers."""
     temperature: float = 1.0
     """Factor on the prototype head's logits."""
+    own_steps: int = 5
+    """Inner steps of meta_sgd, in meta-training and on the target."""
+    own_rate: float = 0.1
+    """Inner learning rate (SGD) that meta_sgd starts from, and that of implicit_maml."""
+    implicit_steps: int = 10
+    """Inner steps of implicit_maml."""
+    proximal: float = 1.0
+    """Strength of its pull to the initialisation."""
+    reptile_steps: int = 8
+    """Inner steps of Reptile in meta-training (Adam, 10 rows each)."""
+    reptile_adapt_steps: int = 40
+    """Its inner steps on the target (all labels)."""
+    reptile_rate: float = 1e-3
+    """Its inner learning rate."""
+    pool_rows: int = 500
+    """Pool rows that +pseudo and +propagation learn from."""
     scratch_steps: int = 60
     """Steps from scratch (AdamW, all labels in every step)."""
     scratch_rate: float = 1e-3
@@ -228,7 +247,9 @@ def _only(arrays: data.Arrays, classes: np.ndarray) -> data.Arrays:
 
 def check(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Checks what can be checked without data; returns the names of learners and strategies."""
-    for name in ("budget", "batch_size", "seeds", "seeds_at_once", "test", "meta_tasks", "meta_labels", "chunk"):
+    for name in (
+        "budget", "batch_size", "seeds", "seeds_at_once", "test", "meta_tasks", "meta_labels", "chunk", "pool_rows"
+    ):  # fmt: skip
         if getattr(config, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
     if config.budget % config.batch_size:
@@ -237,7 +258,8 @@ def check(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
         raise UsageError(f"--seeds {config.seeds} must be a multiple of --seeds-at-once {config.seeds_at_once}")
     if config.members < 2:
         raise UsageError(f"--members {config.members} must be at least 2")
-    return names(config.learners, LEARNERS, "learner"), strategy_names(config)
+    plain = [name for name in LEARNERS if "+" not in name]
+    return names(config.learners, plain, "learner", LEARNERS), strategy_names(config)
 
 
 def strategy_names(config: Config) -> tuple[str, ...]:
@@ -245,7 +267,7 @@ def strategy_names(config: Config) -> tuple[str, ...]:
     return names(config.strategies, STRATEGIES, "strategy", ALIASES)
 
 
-def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, meta, arms: list[tuple[str, Arm]]):
+def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, metas: dict, arms: list):
     """Runs every learner with every strategy on every seed; each call of a program is one step of the run folder.
 
     A program serves all strategies that share a learner. The next programs are compiled while one runs.
@@ -255,23 +277,26 @@ def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, 
     labels = list(range(config.batch_size, config.budget + 1, config.batch_size))
     parts = range(0, config.seeds, config.seeds_at_once)
     name = lambda learner, strategy, first: f"active-{learner}-{strategy}-{first:04d}"  # noqa: E731
-    programs: list[tuple[str, Arm, Future]] = []
+    programs: list[tuple[str, Arm, Any, Future]] = []
     with ThreadPoolExecutor(2) as compilers:
         for learner, arm in arms:
             run = jax.jit(jax.vmap(make_run(arm, sampler, config), in_axes=(0, None, None, None, None)))
             wanted = any(not folder.done(name(learner, s, first)) for s in arm.strategies for first in parts)
+            meta = metas.get(meta_learner_of(learner), ())
             example = (keys[: config.seeds_at_once], jnp.int32(0), meta, setting.problem_data, setting.full_test)
             compiled = compilers.submit(lambda run=run, a=example: run.lower(*a).compile()) if wanted else None
-            programs.append((learner, arm, compiled))
+            programs.append((learner, arm, meta, compiled))
         records: dict[tuple[str, str], list[dict]] = {}
         bar = tqdm(total=sum(len(arm.strategies) for _, arm in arms) * len(parts), desc="active learning")
-        for learner, arm, compiled in programs:
+        for learner, arm, meta, compiled in programs:
             for number, strategy in enumerate(arm.strategies):
                 bar.set_postfix_str(f"{learner} {strategy}")
                 own = records[learner, strategy] = []
                 for first in parts:
 
-                    def compute(first=first, strategy=strategy, number=number, learner=learner, compiled=compiled):
+                    def compute(
+                        first=first, strategy=strategy, number=number, learner=learner, meta=meta, compiled=compiled
+                    ):
                         some = keys[first : first + config.seeds_at_once]
                         result = compiled.result()(
                             some, jnp.int32(number), meta, setting.problem_data, setting.full_test
@@ -284,11 +309,13 @@ def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, 
         bar.close()
     curves, final = {}, {}
     for arm in records:
+        final[arm] = {}
         at = {n: [r for r in records[arm] if r["at"] == n and not r.get("final")] for n in labels}
         metrics = sorted(set(records[arm][0]) - {"series", "seed", "at", "final"})
         curves[arm] = {m: np.array([[r[m] for r in at[n]] for n in labels]).T for m in metrics}
-        last = [r for r in records[arm] if r.get("final")]
-        final[arm] = {m: np.array([r[m] for r in last]) for m in metrics if m in last[0]}
+        for name in ("cold", "final"):
+            own = [r for r in records[arm] if r.get(name)]
+            final[arm] |= {f"{name}_{m}": np.array([r[m] for r in own]) for m in metrics if m in own[0]}
         for n, value in zip(labels, curves[arm]["accuracy"].mean(0), strict=True):
             folder.board(f"active/{'/'.join(arm)}/accuracy", value, n)
     return Study(labels, curves, final)
@@ -305,8 +332,9 @@ def _records(result: Curves, name: str, first: int, labels: list[int], classes: 
             share = counts[counts > 0] / counts.sum()
             balance = round_to(-(share * np.log(share)).sum() / np.log(classes))
             records.append({**common, "at": n, **scores, "balance": balance})
-        scores = {metric: round_to(values[i]) for metric, values in result.final._asdict().items()}
-        records.append({**common, "at": labels[-1], "final": True, **scores})
+        for name, at, score in (("cold", 0, result.cold), ("final", labels[-1], result.final)):
+            scores = {metric: round_to(values[i]) for metric, values in score._asdict().items()}
+            records.append({**common, "at": at, name: True, **scores})
     return records
 
 
@@ -317,12 +345,23 @@ def job(config: Config) -> None:
     out = config.out or f"runs/{Path(config.source).stem}-{Path(config.target).stem}"
     make = functools.partial(make_arms, classes=setting.classes, shape=setting.shape, config=config)
     with arguments():
-        meta_job = make_meta_job(config, setting) if {"maml", "frozen"} & set(learner_names) else None
+        owners = dict.fromkeys(filter(None, map(meta_learner_of, learner_names)))
+        meta_jobs = {name: make_meta_job(config, setting, name) for name in owners}
         arms = [(learner, arm) for learner in learner_names for arm in make(learner, chosen)]
     folder = RunFolder(out, config, resume=config.resume, free=FREE)
     meta_key, active_key = jax.random.split(jax.random.key(config.seed))
-    meta = meta_train(config, setting, meta_job, folder, meta_key) if meta_job else ()
-    study = active(config, setting, folder, active_key, meta, arms)
+    drawn: list[tuple] = []
+
+    def once(key: jax.Array) -> tuple:
+        if not drawn:
+            drawn.append(meta_data(config, setting, key))
+        return drawn[0]
+
+    metas = {
+        name: meta_train(config, setting, meta_job, folder, meta_key, name=name, load=once)
+        for name, meta_job in meta_jobs.items()
+    }
+    study = active(config, setting, folder, active_key, metas, arms)
     text = table(study)
     (folder.path / "table.txt").write_text(text + "\n")
     names_of = {"source": Path(config.source).stem, "target": Path(config.target).stem}

@@ -1,5 +1,6 @@
 """Meta-training of the main job: tasks of the source, the outer loop, checkpoints."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import optax
 from tqdm import tqdm
 
 from arms import make_model
-from metaal_jax import checkpoint, exemplars, learners, tasks
+from meta_learners import OWN_HEAD, make_meta_learner
+from metaal_jax import checkpoint, exemplars, tasks
 from metaal_jax.outer import MetaState, OuterLoop, outer_loop
 from runs import RunFolder, UsageError, round_to
 
@@ -40,33 +42,39 @@ class MetaJob(NamedTuple):
     each: int
 
 
-def make_meta_job(config: Any, setting: Any) -> MetaJob:
-    """The outer loop of this config; raises `UsageError` for options that do not go together."""
+def make_meta_job(config: Any, setting: Any, name: str = "maml") -> MetaJob:
+    """The outer loop of this config and meta-learner; raises `UsageError` for options that do not go together."""
     images = len(setting.shape) == 3
     rotations = images and "classes" in setting.kinds
     parts = (setting.train_source.y, setting.validation_source.y)
     own = min(len(np.unique(y)) for y in parts) * (4 if rotations else 1)
     available = min(own if kind == "classes" else config.shape_classes // 2 for kind in setting.kinds)
-    ways = config.ways or min(20, available)
+    own_head = name in OWN_HEAD
+    ways = setting.classes if own_head else config.ways or min(20, available)
     if ways > available:
         raise UsageError(f"--ways {ways} wanted, {config.source!r} has {available} classes"
-                         f"{' with rotations' if rotations else ''}; give --ways {available} or less")  # fmt: skip
+                         f"{' with rotations' if rotations else ''}; "
+                         + (f"leave {name} out" if own_head else f"give --ways {available} or less"))  # fmt: skip
     steps = config.meta_steps or (2000 if images and min(setting.shape[:2]) < 16 else 15000)
     pieces = max(1, min(20, steps // 50))
     each = -(-steps // pieces)
-    learner = learners.maml(
-        make_model(ways, setting.shape, config), inner=optax.sgd(config.inner_rate), steps=config.inner_steps,
-        first_order=config.first_order, head="prototypes", temperature=config.temperature, unroll=True,
-    )  # fmt: skip
+    learner = make_meta_learner(name, make_model(ways, setting.shape, config), config, testing=False)
     labels, queries = max(config.meta_labels, ways), config.meta_queries
     samplers = [
         tasks.growing(
-            ways=ways, labels=labels, smallest=ways, queries=queries, rotations=rotations and kind == "classes"
+            ways=ways,
+            labels=labels,
+            smallest=0 if own_head else ways,
+            queries=queries,
+            unseen=own_head,
+            rotations=rotations and kind == "classes",
         )
         for kind in setting.kinds
     ]
     sampler = tasks.mixture(samplers, [1.0] * len(samplers))
-    optimizer = optax.adam(optax.cosine_decay_schedule(config.meta_rate, each * pieces))
+    # Reptile's difference is a step by itself: a rate of 1 goes all the way to the adapted parameters.
+    rate = optax.cosine_decay_schedule(1.0 if name == "reptile" else config.meta_rate, each * pieces)
+    optimizer = optax.sgd(rate) if name == "reptile" else optax.adam(rate)
     return MetaJob(outer_loop(learner, sampler, optimizer=optimizer, tasks=config.meta_tasks, chunk=1), pieces, each)
 
 
@@ -86,14 +94,14 @@ def meta_data(config: Any, setting: Any, key: jax.Array) -> tuple[tuple, tuple]:
     return found[0], found[1]
 
 
-def piece_path(folder: RunFolder, piece: int) -> Path:
-    """Where the outer loop's state after a piece of the training is kept."""
-    return folder.path / "checkpoints" / f"piece_{piece:02d}"
+def piece_path(folder: RunFolder, piece: int, name: str = "") -> Path:
+    """Where the outer loop's state after a piece of the training (of the run's only learner, or by name) is kept."""
+    return folder.path / "checkpoints" / f"{name}{'_' if name else ''}piece_{piece:02d}"
 
 
 def train_in_pieces(
     folder: RunFolder, state: MetaState, *, pieces: int, each: int, load: Callable[[], tuple], run: Callable,
-    judge: Callable,
+    judge: Callable, name: str = "",
 ) -> tuple[MetaState, list[dict]]:  # fmt: skip
     """Meta-trains in pieces, each one step of the run folder with a checkpoint; goes on after the last one kept.
 
@@ -104,38 +112,47 @@ def train_in_pieces(
       load: gives the data of training and validation; called only if something is left to train.
       run: `(state, training data) -> (state, metrics [each])`.
       judge: `(meta, validation data) -> metrics [tasks]`.
+      name: of the learner, where a run trains several.
 
     Returns:
       The last state and the records of all pieces.
     """
+    step = f"meta-{name}" if name else "meta"
     last = max(
-        (i for i in range(pieces) if folder.done(f"meta-{i:02d}") and piece_path(folder, i).is_dir()), default=-1
+        (i for i in range(pieces) if folder.done(f"{step}-{i:02d}") and piece_path(folder, i, name).is_dir()),
+        default=-1,
     )
     if last >= 0:
-        state = jax.device_put(checkpoint.restore(piece_path(folder, last), state))
+        state = jax.device_put(checkpoint.restore(piece_path(folder, last, name), state))
     if last < pieces - 1:
         train, held_out = load()
     records = []
-    for piece in tqdm(range(pieces), desc="meta-training"):
+    for piece in tqdm(range(pieces), desc=f"meta-training {name}".rstrip()):
 
         def compute(piece: int = piece) -> list[dict]:
             nonlocal state
             state, trained = run(state, train)
             judged = judge(state.meta, held_out)
-            checkpoint.save(piece_path(folder, piece), state)
+            checkpoint.save(piece_path(folder, piece, name), state)
             values = {f"train_{k}": round_to(v.mean()) for k, v in trained.items()}
             values |= {f"validation_{k}": round_to(v.mean()) for k, v in judged.items()}
-            return [{"series": "meta", "at": (piece + 1) * each, **values}]
+            return [{"series": f"meta/{name}" if name else "meta", "at": (piece + 1) * each, **values}]
 
-        for record in folder.step(f"meta-{piece:02d}", compute, again=piece > last):
+        for record in folder.step(f"{step}-{piece:02d}", compute, again=piece > last):
             for metric in sorted(set(record) - {"series", "at"}):
-                folder.board(f"meta/{metric}", record[metric], record["at"])
+                folder.board(f"{record['series']}/{metric}", record[metric], record["at"])
             records.append(record)
     return state, records
 
 
-def meta_train(config: Any, setting: Any, meta_job: MetaJob, folder: RunFolder, key: jax.Array):
-    """Meta-parameters, trained in pieces that are checkpointed one by one."""
+def meta_train(
+    config: Any, setting: Any, meta_job: MetaJob, folder: RunFolder, key: jax.Array, *, name: str = "maml",
+    load: Callable[[jax.Array], tuple] | None = None,
+):  # fmt: skip
+    """Meta-parameters, trained in pieces that are checkpointed one by one.
+
+    `load(key)` gives the data, by default `meta_data`; every learner is given the same key and meets the same tasks.
+    """
     outer, pieces, each = meta_job
     data_key, init_key, run_key, validation_key = jax.random.split(key, 4)
     like = jnp.zeros((1, *setting.shape), setting.train_source.x.dtype)
@@ -144,9 +161,11 @@ def meta_train(config: Any, setting: Any, meta_job: MetaJob, folder: RunFolder, 
     judge = jax.jit(functools.partial(outer.evaluate, tasks=50))
     state, _ = train_in_pieces(
         folder, state, pieces=pieces, each=each,
-        load=lambda: meta_data(config, setting, data_key),
+        load=lambda: load(data_key) if load else meta_data(config, setting, data_key),
         run=lambda state, train: run(run_key, state, train),
         judge=lambda meta, held_out: judge(validation_key, meta, held_out),
+        name="" if name == "maml" else name,
     )  # fmt: skip
-    checkpoint.save(folder.path / "meta_parameters", state.meta)
+    kept = "meta_parameters" if name == "maml" else f"meta_parameters_{name}"
+    checkpoint.save(folder.path / kept, state.meta, config={"learner": name, **dataclasses.asdict(config)})
     return state.meta

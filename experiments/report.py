@@ -15,7 +15,8 @@ class Study:
     Attributes:
       labels: int `[rounds]`.
       curves: `{(learner, strategy): {metric: [seeds, rounds]}}`.
-      final: `{(learner, strategy): {metric: [seeds]}}`, on all test rows at the full budget.
+      final: `{(learner, strategy): {metric: [seeds]}}`: `final_...` on all test rows at the full budget, `cold_...`
+        without any label.
     """
 
     def __init__(self, labels, curves: dict, final: dict):
@@ -101,7 +102,7 @@ def result_rows(study: Study, *, source: str, target: str) -> list[dict]:
                 add(arm, metric, int(n), values[:, i])
         add(arm, "area", int(study.labels[-1]), study.area(arm))
         for metric, values in study.final[arm].items():
-            add(arm, f"final_{metric}", int(study.labels[-1]), values)
+            add(arm, metric, 0 if metric.startswith("cold_") else int(study.labels[-1]), values)
         for target_accuracy in (0.80, 0.90, 0.95):
             needed = study.labels_to(arm, target_accuracy)
             rows.append({"learner": arm[0], "strategy": arm[1], "source": source, "target": target,

@@ -125,6 +125,28 @@ def fully_adapted() -> str:
     return tabulate(lines, ["strategy", "area", *map(str, shown)], tablefmt="github", disable_numparse=True)
 
 
+def few_shot(paths: list[Path]) -> str:
+    """Few-shot accuracies: one line a run, the paper's figure beside ours."""
+    lines = []
+    for path in paths:
+        result = json.loads(path.read_text())
+        rows = {row["metric"]: row for row in result["rows"]}
+        cell = lambda r: f"{100 * r['mean']:.2f} ± {50 * (r['high'] - r['low']):.2f}" if r else "–"  # noqa: E731
+        row = result["rows"][0]
+        lines.append([
+            row["learner"], row["target"], f"{row['ways']}-way {row['shots']}-shot",
+            cell(rows.get("accuracy_transductive")), cell(rows.get("accuracy_non_transductive")),
+            str(row.get("published", "")), f"{result['seconds'] / 60:.0f}", f"`{result['command']}`",
+        ])  # fmt: skip
+    header = ["learner", "set", "tasks", "transductive", "non-transductive", "paper", "minutes", "command"]
+    return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+
+
+def few_shot_results() -> list[Path]:
+    """The result files of `few_shot.py`."""
+    return sorted((ROOT / "experiments/results/few_shot").glob("*.json"))
+
+
 def tables() -> dict[str, str]:
     """The tables of the project's README, by what they are drawn from."""
     found = {}
@@ -135,6 +157,8 @@ def tables() -> dict[str, str]:
         found["strategies"] = strategy_caption() + "\n\n" + strategy_areas(places, 10, 100, FOLLOWED)
         found["strategies, ranks"] = strategy_ranks(12)
         found["strategies, adapted"] = fully_adapted()
+    if few_shot_results():
+        found["few-shot"] = few_shot(few_shot_results())
     for path in sorted((ROOT / "benchmarks/results").glob("*/loop.json")):
         found[str(path.relative_to(ROOT))] = benchmark(path)
     return found

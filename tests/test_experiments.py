@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metaal_jax import Batch
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "experiments"
 SMALL = {
     "learners": "scratch,maml", "strategies": "random,margin", "seeds": 2, "seeds_at_once": 1, "budget": 20,
@@ -113,7 +115,9 @@ def test_what_a_run_leaves(whole):
     assert "CPU" in environment["device"]
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["at"] for record in records if record["series"] == "meta"] == [50, 100, 150, 200]
-    curves = [record for record in records if record["series"] == "active/maml/margin" and not record.get("final")]
+    own = [record for record in records if record["series"] == "active/maml/margin"]
+    assert [(record["seed"], record["at"]) for record in own if record.get("cold")] == [(0, 0), (1, 0)]
+    curves = [record for record in own if not {"cold", "final"} & record.keys()]
     assert [(record["seed"], record["at"]) for record in curves] == [(0, 10), (0, 20), (1, 10), (1, 20)]
     assert all(0 <= record["accuracy"] <= 1 and 0 <= record["ece"] <= 1 for record in curves)
     times = [json.loads(line) for line in (run / "times.jsonl").read_text().splitlines()]
@@ -137,7 +141,7 @@ def test_result_files_have_the_common_form(whole, folder):
     assert len(rows) == 2 * 2 * 2
     keys = {"learner", "strategy", "source", "target", "metric", "labels", "mean", "low", "high", "seeds"}
     assert all(keys == row.keys() and row["low"] <= row["mean"] <= row["high"] and row["seeds"] == 2 for row in rows)
-    assert {"area", "labels_to_90", "final_accuracy"} <= {row["metric"] for row in result["rows"]}
+    assert {"area", "labels_to_90", "final_accuracy", "cold_accuracy"} <= {row["metric"] for row in result["rows"]}
     pair = next(pair for pair in result["paired"] if pair["metric"] == "accuracy" and pair["labels"] == 20)
     assert {"a", "b", "metric", "labels", "difference", "low", "high", "seeds"} == pair.keys()
     assert pair["a"]["learner"] == "maml"
@@ -171,12 +175,53 @@ def test_a_run_killed_three_times_ends_with_the_same_bytes(start, whole, folder)
     assert not [path for path in run.rglob("*") if ".new" in path.name or "orbax-checkpoint-tmp" in path.name]
 
 
+def test_other_meta_learners_have_a_training_of_their_own(attempt, tmp_path):
+    """One whose head is meta-learned, one in closed form that also learns from the pool, and maml's body frozen."""
+    learners = ("meta_sgd", "r2d2+propagation", "frozen")
+    options = {"learners": ",".join(learners), "strategies": "random", "meta_steps": 100, "seeds": 1, "pool_rows": 20}
+    status, said = attempt(**options)
+    assert status == 0, said
+    run = tmp_path / "run"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = {record["series"] for record in records if record["series"].startswith("meta")}
+    assert trained == {"meta/meta_sgd", "meta/r2d2", "meta"}
+    rows = json.loads((run / "results.json").read_text())["rows"]
+    assert {row["learner"] for row in rows} == set(learners)
+    kept = {path.name for path in run.iterdir() if path.name.startswith("meta_parameters")}
+    assert kept == {"meta_parameters", "meta_parameters_meta_sgd", "meta_parameters_r2d2"}
+
+
+def test_every_meta_learner_adapts_to_the_target(script):
+    """Trained on as many classes as it wants, each predicts the target's ten after its own kind of adaptation."""
+    import jax
+
+    import meta_learners
+    from arms import make_arms
+
+    config = script.Config()
+    for name in meta_learners.META_LEARNERS:
+        arm = make_arms(name, ("random",), classes=10, shape=(8, 8, 1), config=config)[0]
+        ways = 10 if name in meta_learners.OWN_HEAD else 4
+        trained = meta_learners.make_meta_learner(
+            name, importlib.import_module("arms").make_model(ways, (8, 8, 1), config), config, testing=False
+        )
+
+        def run(key, arm=arm, trained=trained):
+            x = jax.numpy.zeros((3, 8, 8, 1))
+            meta = arm.start(key, trained.init(key, x), x)
+            batch = Batch(x=x, y=jax.numpy.zeros(3, int), weight=jax.numpy.ones(3))
+            return arm.learner.predict(arm.learner.adapt(key, meta, batch), x).logits
+
+        assert jax.eval_shape(run, jax.random.key(0)).shape == (1, 3, 10), name
+
+
 def test_mistakes_on_the_command_line(start):
     process = start("--learners", "scratch,mamml")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert err.splitlines() == ["error: unknown learner 'mamml'; did you mean maml? choose from "
-                                "scratch, maml, frozen, logistic"]  # fmt: skip
+    assert err.splitlines() == ["error: unknown learner 'mamml'; did you mean maml or fomaml? choose from "
+                                "scratch, frozen, logistic, maml, fomaml, anil, meta_sgd, reptile, implicit_maml, "
+                                "protonet, r2d2, metaoptnet"]  # fmt: skip
     process = start("--buget", "20")
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0

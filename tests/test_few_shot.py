@@ -57,7 +57,7 @@ def options_of(learner):
 
 @pytest.mark.parametrize("learner", ["maml", "maml_plus_plus", "reptile", "implicit_maml", "r2d2", "supervised"])
 def test_learners_run_and_report_both_accuracies(attempt, tmp_path, learner):
-    status, said = attempt(**options_of(learner))
+    status, said = attempt(**options_of(learner), norm="batch")
     assert status == 0, said.err
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = {row["metric"]: row for row in result["rows"]}
@@ -70,7 +70,7 @@ def test_learners_run_and_report_both_accuracies(attempt, tmp_path, learner):
 
 
 def test_one_accuracy_where_rows_cannot_depend_on_each_other(attempt, tmp_path):
-    status, said = attempt(**options_of("protonet"), norm="group", statistics="batch")
+    status, said = attempt(**options_of("protonet"), norm="group")
     assert status == 0, said.err
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     assert [row["metric"] for row in rows] == ["accuracy_non_transductive"]
