@@ -170,3 +170,25 @@ def test_what_cannot_be_written_keeps_what_was_there(tmp_path, saved, monkeypatc
         checkpoint.save(path, make_tree(5))
     check_message(error, str(path), "(No space left on device)", "make room")
     check_equal(checkpoint.restore(path, make_tree()), make_tree())
+
+
+def test_meta_parameters_come_back_with_the_config_that_made_them(tmp_path):
+    tree = {
+        "params": make_tree()["params"],
+        "inner": {"log_rate": jnp.float32(0.5)},
+        "flags": {"on": jnp.ones(2, bool)},
+    }
+    checkpoint.save(tmp_path / "meta", tree, config={"learner": "maml", "steps": 3})
+    check_equal(checkpoint.load(tmp_path / "meta"), tree)
+    assert checkpoint.read_config(tmp_path / "meta") == {"learner": "maml", "steps": 3}
+    checkpoint.save(tmp_path / "plain", tree)
+    assert checkpoint.read_config(tmp_path / "plain") is None
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        checkpoint.load(tmp_path / "nowhere")
+    (tmp_path / "meta" / "contents.json").write_text('{"config": ')
+    for read in (checkpoint.load, checkpoint.read_config):
+        with pytest.raises(CheckpointError, match="is torn"):
+            read(tmp_path / "meta")
+    (tmp_path / "plain" / "contents.json").unlink()
+    with pytest.raises(CheckpointError, match="restore it into a known structure"):
+        checkpoint.load(tmp_path / "plain")

@@ -94,6 +94,8 @@ NETWORKS = {  # model, input shape of a row, width of the embedding
     "conv4 odd": (models.Conv4(3, filters=8, norm="none"), (9, 17, 3), 1 * 2 * 8),
     "conv4 pooled": (models.Conv4(3, filters=8, downsample="pool", norm="batch"), (28, 28, 1), 8),
     "conv4 bfloat16": (models.Conv4(3, filters=8, dtype=jnp.bfloat16), (16, 16, 3), 8),
+    "resnet12": (models.ResNet12(3, filters=(4, 6)), (9, 8, 3), 6),
+    "resnet12 bfloat16": (models.ResNet12(3, filters=(4, 6), dtype=jnp.bfloat16), (8, 8, 1), 6),
     "conv4 bfloat16 batch": (models.Conv4(3, filters=8, norm="batch", dtype=jnp.bfloat16), (16, 16, 3), 8),
 }
 
@@ -142,9 +144,37 @@ def test_zero_head_predicts_nothing(key, model):
     assert (jax.jit(lambda: model.init_with_output(key, x)[0][0])() == 0).all()
 
 
+def test_resnet_block_by_its_formula(key):
+    """Three convolutions with batch norm, the shortcut added before the last leaky ReLU, then pooling and the mean."""
+    x = jax.random.normal(key, (4, 6, 6, 2))
+    model = models.ResNet12(3, filters=(5,))
+
+    @jax.jit
+    def run(x):
+        params = model.init(key, x)["params"]
+
+        def layer(number, x):
+            conv = models.Conv(5, kernel_size=(1, 1) if number == 0 else (3, 3), use_bias=False)
+            x = conv.apply({"params": params[f"Conv_{number}"]}, x)
+            return (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5)
+
+        def leaky(x):
+            return jnp.where(x > 0, x, 0.1 * x)
+
+        y = leaky(layer(3, leaky(layer(2, leaky(layer(1, x))))) + layer(0, x))
+        y = nn.max_pool(y, (2, 2), (2, 2)).mean((1, 2))
+        return model.apply({"params": params}, x), (y @ params["head"]["kernel"] + params["head"]["bias"], y)
+
+    got, wanted = run(x)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, wanted)
+
+
 WRONG = {
     "norm": lambda: models.Conv4(3, norm="layer"),
     "downsample": lambda: models.Conv4(3, downsample="average"),
+    "need images of 16 pixels": lambda: jax.eval_shape(
+        models.ResNet12(3).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3))
+    ),
     "groups": lambda: models.Conv4(3, filters=12, groups=8),
     "implementation": lambda: jax.eval_shape(
         models.Conv(3, implementation="fft").init, jax.random.key(0), jnp.zeros((1, 4, 4, 1))
