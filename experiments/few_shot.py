@@ -9,8 +9,9 @@ drawing each, within 20 minutes on two cores.
     python experiments/few_shot.py --learner r2d2 --train omniglot,mnist --weights 3,1 --test kmnist   # several sources
 
 `omniglot` is 1,100 classes and their rotations for training, 100 for validation and 423 for the test; `cifar_fs` is
-CIFAR-100 in 64, 16 and 20 classes. Any other TFDS image set can stand beside them as a source, or be what is tested on.
-Validation tasks choose the checkpoint; nothing looks at the test classes before. Where a network normalises by the
+CIFAR-100 in 64, 16 and 20 classes. Any other TFDS image set can stand beside them as a source, or be what is tested on:
+all of its classes are then in training, a fifth of its training rows is for validation, and its test rows for the test.
+Validation tasks choose the checkpoint; nothing looks at the test rows before. Where a network normalises by the
 batch, accuracy is given twice: with the statistics of the query rows (transductive: rows of a task are judged together)
 and with those of the labelled rows alone.
 
@@ -27,11 +28,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 import tyro
 
-from few_shot_presets import LEARNERS, PUBLISHED, Preset, make_learner, make_model, make_optimizer, preset_of
+from few_shot_presets import (
+    ANY_WAYS,
+    LEARNERS,
+    PUBLISHED,
+    UNREAD,
+    Preset,
+    make_learner,
+    make_model,
+    make_optimizer,
+    preset_of,
+)
 from meta_training import piece_path, train_in_pieces
 from metaal_jax import checkpoint, data, learners, parallel, tasks
 from metaal_jax.base import Learner
@@ -127,11 +139,17 @@ class Parts(NamedTuple):
 
 @functools.cache
 def load_parts(name: str, shape: tuple[int, int, int] | None, data_dir: str | None) -> Parts:
-    """The parts of a set by name; a plain set's training rows, test rows and test rows, with all classes in each."""
+    """The parts of a set by name; a plain set has all classes in each, 4/5 and 1/5 of its training rows in two."""
     read = functools.partial(data.load, image_shape=shape, data_dir=data_dir)
     if name not in SHAPES:
-        train, test = (tasks.class_data(part.x, part.y) for part in (read(name, "train"), read(name, "test")))
-        return Parts(train, test, test, False)
+        train, test = read(name, "train"), read(name, "test")
+        order = np.random.default_rng(0).permutation(len(train.y))
+        kept, held = np.split(order, [len(order) * 4 // 5])
+        return Parts(
+            *(tasks.class_data(train.x[rows], train.y[rows]) for rows in (np.sort(kept), np.sort(held))),
+            tasks.class_data(test.x, test.y),
+            rotations=False,
+        )
     both = [read({"cifar_fs": "cifar100"}.get(name, name), split) for split in ("train", "test")]
     x, y = np.concatenate([part.x for part in both]), np.concatenate([part.y for part in both])
     if name == "omniglot":
@@ -144,23 +162,34 @@ def load_parts(name: str, shape: tuple[int, int, int] | None, data_dir: str | No
 
 def settings(config: Config) -> Preset:
     """The preset with what the command line says instead."""
-    if config.learner not in LEARNERS:
-        names(config.learner, LEARNERS, "learner")
+    if names(config.learner, LEARNERS, "learner") != (config.learner,):
+        raise UsageError(f"--learner {config.learner!r}: give one name; choose from {', '.join(LEARNERS)}")
     preset = preset_of(config.preset, config.learner, config.train.split(",")[0])
     own = {field.name for field in dataclasses.fields(Preset)} & {field.name for field in dataclasses.fields(Config)}
     given = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
-    return dataclasses.replace(preset, **given)
+    unread = UNREAD.get(config.learner, ()) + (("filters", "norm") if preset.network == "resnet12" else ())
+    for name in sorted(given):
+        if name in unread:
+            raise UsageError(f"--{name.replace('_', '-')} says nothing to {config.learner} with this network; leave it "
+                             "out")  # fmt: skip
+    preset = dataclasses.replace(preset, **given)
+    # All pieces have as many steps, and the schedules end with the last of them.
+    pieces = min(PIECES, max(preset.steps, 1))
+    return dataclasses.replace(preset, steps=-(-preset.steps // pieces) * pieces)
 
 
 def check(config: Config, preset: Preset) -> tuple[tuple[str, ...], list[float]]:
     """Checks what can be checked without data; the sources and their weights."""
-    names(config.learner, LEARNERS, "learner")
     for name in ("ways", "shots", "queries", "test_tasks", "validation_tasks"):
         if getattr(config, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
-    for name in ("steps", "tasks", "filters"):
-        if getattr(preset, name) < 1:
-            raise UsageError(f"--{name} {getattr(preset, name)} must be at least 1")
+    for name in ("steps", "tasks", "filters", "train_ways", "train_shots"):
+        value = getattr(preset, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if config.learner not in ANY_WAYS and preset.train_ways not in (None, config.ways):
+        raise UsageError(f"--train-ways {preset.train_ways}: the head of {config.learner} is meta-learned for as many "
+                         f"classes as test tasks have; leave it out or give --ways {preset.train_ways}")  # fmt: skip
     sources = tuple(part.strip() for part in config.train.split(",") if part.strip())
     if not sources or len(set(sources)) < len(sources):
         raise UsageError(f"--train {config.train!r} is empty or repeats a set")
@@ -170,6 +199,9 @@ def check(config: Config, preset: Preset) -> tuple[tuple[str, ...], list[float]]
         raise UsageError(f"--weights {config.weights!r} must be numbers with commas between them") from None
     if len(weights) != len(sources) or min(weights) <= 0:
         raise UsageError(f"--weights {config.weights!r}: {len(sources)} sources need as many weights above 0")
+    same = [{"cifar_fs": "cifar100"}.get(name, name) for name in {*sources, config.test or sources[0]}]
+    if len(set(same)) < len(same):
+        raise UsageError("cifar_fs is cifar100: one would be trained on what the other is tested on; give one")
     if config.learner == "supervised" and len(sources) > 1:
         raise UsageError("--learner supervised trains on the classes of a single source; give one in --train")
     return sources, weights
@@ -189,7 +221,7 @@ def spread(config: Config, preset: Preset) -> int:
     return wanted
 
 
-def make_judge(config: Config, preset: Preset, learner: Learner, model: Any, fresh: Any) -> Callable:
+def make_judge(config: Config, learner: Learner, model: Any, fresh: Any) -> Callable:
     """`(key, meta, data, *, tasks) -> {metric: accuracy [tasks]}` on tasks of the test's ways and shots."""
     sampler = tasks.few_shot(ways=config.ways, shots=config.shots, queries=config.queries)
 
@@ -199,23 +231,27 @@ def make_judge(config: Config, preset: Preset, learner: Learner, model: Any, fre
         params = learner.adapt(adapt_key, learners.transfer(meta, fresh), task.support)
 
         def judged(params: Any) -> jax.Array:
-            return accuracy(learner.predict(params, task.query.x).logits[0], task.query.y, task.query.weight)
+            logits, _ = model.apply(params, task.query.x, task.query.weight)
+            return accuracy(logits, task.query.y, task.query.weight)
 
-        if not uses_batch_norm(preset):
+        if not normalises_by_batch(model):
             return {"non_transductive": judged(params)}
         free = {name: leaf for name, leaf in params.items() if name != "batch_stats"}
         fixed = learners.support_statistics(model, params, task.support)
         return {"transductive": judged(free), "non_transductive": judged(fixed)}
 
     def judge(key: jax.Array, meta: Any, part: tasks.ClassData, *, tasks: int) -> dict[str, jax.Array]:
-        return jax.lax.map(lambda key: one(key, meta, part), jax.random.split(key, tasks))
+        # One at a time suits a CPU's cache.
+        size = 1 if jax.default_backend() == "cpu" else 50
+        batch_size = None if size == 1 else size
+        return jax.lax.map(lambda key: one(key, meta, part), jax.random.split(key, tasks), batch_size=batch_size)
 
     return judge
 
 
-def uses_batch_norm(preset: Preset) -> bool:
+def normalises_by_batch(model: nn.Module) -> bool:
     """Whether predictions can depend on the rows beside them."""
-    return preset.network == "resnet12" or preset.norm == "batch"
+    return getattr(model, "normalises_by_batch", False)
 
 
 def job(config: Config) -> None:
@@ -223,11 +259,18 @@ def job(config: Config) -> None:
     preset = settings(config)
     sources, weights = check(config, preset)
     devices = spread(config, preset)
+    config = dataclasses.replace(config, devices=devices)  # the order of summation is part of a run
     target = config.test or sources[0]
-    shape = SHAPES.get(target, SHAPES.get(sources[0]))
+    shape = next((SHAPES[name] for name in (target, *sources) if name in SHAPES), None)
     parts = [load_parts(name, shape, config.data_dir) for name in sources]
-    test = load_parts(target, shape, config.data_dir).test
-    ways, shots = preset.train_ways or config.ways, preset.train_shots or config.shots
+    loaded = load_parts(target, shape, config.data_dir)
+    test = loaded.test
+    shapes = {name: part.test.x.shape[1:] for name, part in zip((*sources, target), (*parts, loaded), strict=True)}
+    if len(set(shapes.values())) > 1:
+        raise UsageError(f"rows of one shape wanted, got {shapes}; give sets of one kind, or omniglot or cifar_fs "
+                         "among them, whose shape all others then take")  # fmt: skip
+    ways = config.ways if preset.train_ways is None else preset.train_ways
+    shots = config.shots if preset.train_shots is None else preset.train_shots
     supervised = config.learner == "supervised"
     turns = [4 if part.rotations else 1 for part in parts]
     classes = parts[0].train.count.shape[0] * turns[0] if supervised else ways
@@ -239,6 +282,19 @@ def job(config: Config) -> None:
     if config.ways > min(held, test.count.shape[0]):
         raise UsageError(f"--ways {config.ways} wanted, {target!r} has {test.count.shape[0]} test classes and a source "
                          f"{held} for validation; give --ways {min(held, test.count.shape[0])} or less")  # fmt: skip
+    held_rows = [part.validation.rows.shape[1] for part in parts] + [test.rows.shape[1]]
+    train_rows = [part.train.rows.shape[1] for part in parts]
+    for needed, have, options in (
+        (config.shots + config.queries, min(held_rows), "--shots or --queries"),
+        (0 if supervised else shots + preset.train_queries, min(train_rows), "--train-shots"),
+    ):
+        if needed > have:
+            raise UsageError(f"tasks of {needed} rows a class wanted, the largest class of a set has {have}; give "
+                             f"fewer {options}")  # fmt: skip
+    pieces = min(PIECES, preset.steps)
+    each = preset.steps // pieces
+    init_key, run_key, validation_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
+    like = parts[0].train.x[:1]
     with arguments():
         learner = make_learner(config.learner, make_model(preset, classes), preset, testing=False)
         model = make_model(preset, config.ways)
@@ -253,17 +309,13 @@ def job(config: Config) -> None:
             learner, tasks.mixture(draw, weights), optimizer=make_optimizer(preset), tasks=preset.tasks,
             chunk=1 if jax.default_backend() == "cpu" else None, axis_name=parallel.AXIS if devices > 1 else None,
         )  # fmt: skip
+        state = jax.jit(outer.init)(init_key, like)
+        if config.init is not None:
+            state = started(config.init, state)
+        fresh = jax.jit(tester.init)(init_key, like)
     out = config.out or f"runs/few_shot/{'+'.join(sources)}-{target}-{config.learner}-{config.ways}-{config.shots}"
     folder = RunFolder(out, config, resume=config.resume, free=FREE)
-    pieces = min(PIECES, preset.steps)
-    each = -(-preset.steps // pieces)
-    init_key, run_key, validation_key, test_key = jax.random.split(jax.random.key(config.seed), 4)
-    like = parts[0].train.x[:1]
-    state = jax.jit(outer.init)(init_key, like)
-    if config.init is not None:
-        state = started(config.init, state)
-    fresh = jax.jit(tester.init)(init_key, like)
-    judge = make_judge(config, preset, tester, model, fresh)
+    judge = make_judge(config, tester, model, fresh)
     if devices > 1:
         run = parallel.outer_run(outer, steps=each, devices=jax.local_devices()[:devices])
     else:
@@ -280,7 +332,7 @@ def job(config: Config) -> None:
         run=lambda state, train: run(run_key, state, train),
         judge=judge_all,
     )  # fmt: skip
-    chosen_by = "transductive" if uses_batch_norm(preset) and preset.statistics == "batch" else "non_transductive"
+    chosen_by = "transductive" if normalises_by_batch(model) and preset.statistics == "batch" else "non_transductive"
     best = int(np.argmax([record[f"validation_{chosen_by}"] for record in records]))
     meta = jax.device_put(checkpoint.restore(piece_path(folder, best), state)).meta
     checkpoint.save(folder.path / "meta_parameters", meta, config=dataclasses.asdict(config))
@@ -294,12 +346,16 @@ def job(config: Config) -> None:
     judged = folder.step("test", compute)
     metrics = sorted(set(judged[0]) - {"series", "at", "task"}, reverse=True)
     found = {name: interval(np.array([record[name] for record in judged])) for name in metrics}
-    published = PUBLISHED.get((target, config.learner), {}).get((config.ways, config.shots))
+    published = {
+        name: PUBLISHED.get((target, config.learner, name), {}).get((config.ways, config.shots))
+        for name in metrics
+        if sources == (target,)
+    }
     rows = [
         {"learner": config.learner, "source": "+".join(sources), "target": target, "metric": f"accuracy_{name}",
          "ways": config.ways, "shots": config.shots, "mean": round(value.mean, 5), "low": round(value.low, 5),
          "high": round(value.high, 5), "tasks": config.test_tasks, "step": (best + 1) * each,
-         **({"published": published} if published is not None else {})}
+         **({"published": published[name]} if published.get(name) is not None else {})}
         for name, value in found.items()
     ]  # fmt: skip
     title = f"{config.learner}, {target}, {config.ways}-way {config.shots}-shot"
@@ -312,9 +368,8 @@ def job(config: Config) -> None:
     picture(records, found, metrics, folder.path / "results.png", title)
     print(f"\n{title}: accuracy in %, mean and 95 % interval over {config.test_tasks} tasks")
     for name, value in found.items():
-        print(f"  {name.replace('_', '-'):18} {100 * value.mean:.2f} ± {50 * (value.high - value.low):.2f}")
-    if published is not None:
-        print(f"  {'published':18} {published}")
+        beside = f" (published: {published[name]})" if published.get(name) is not None else ""
+        print(f"  {name.replace('_', '-'):18} {100 * value.mean:.2f} ± {50 * (value.high - value.low):.2f}{beside}")
     print(f"checkpoint of step {(best + 1) * each}, {folder.seconds() / 60:.1f} minutes; run folder: {folder.path}")
 
 

@@ -118,10 +118,8 @@ def train_in_pieces(
       The last state and the records of all pieces.
     """
     step = f"meta-{name}" if name else "meta"
-    last = max(
-        (i for i in range(pieces) if folder.done(f"{step}-{i:02d}") and piece_path(folder, i, name).is_dir()),
-        default=-1,
-    )
+    kept = [folder.done(f"{step}-{i:02d}") and piece_path(folder, i, name).is_dir() for i in range(pieces)]
+    last = (kept.index(False) if False in kept else pieces) - 1
     if last >= 0:
         state = jax.device_put(checkpoint.restore(piece_path(folder, last, name), state))
     if last < pieces - 1:
@@ -151,7 +149,7 @@ def meta_train(
 ):  # fmt: skip
     """Meta-parameters, trained in pieces that are checkpointed one by one.
 
-    `load(key)` gives the data, by default `meta_data`; every learner is given the same key and meets the same tasks.
+    `load(key)` gives the data, by default `meta_data`; every learner is given the same key.
     """
     outer, pieces, each = meta_job
     data_key, init_key, run_key, validation_key = jax.random.split(key, 4)

@@ -34,9 +34,11 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, config: Any = None) -> N
 
     Raises:
       CheckpointError: where it cannot be written, say because the disk is full; what was there before is kept.
+      TypeError: for a config that JSON cannot hold; nothing is written.
     """
     import orbax.checkpoint as ocp
 
+    given = json.loads(json.dumps(config))
     target = Path(path).absolute()
     fresh = target.with_name(target.name + ".new")
     arrays = jax.tree.map(lambda leaf: np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf), tree)
@@ -50,7 +52,7 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, config: Any = None) -> N
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(fresh, arrays)
-        contents = {"config": config, "leaves": _leaves(arrays), "files": _checksums(fresh)}
+        contents = {"config": given, "leaves": _leaves(arrays), "files": _checksums(fresh)}
         (fresh / _CONTENTS).write_text(json.dumps(contents, indent=1) + "\n")
     # The storage below Orbax reports a full disk as a ValueError with the system's reason somewhere in it.
     except Exception as error:
@@ -106,7 +108,12 @@ def load(path: str | os.PathLike[str]) -> Any:
     if not (folder / _CONTENTS).exists():
         raise CheckpointError(f"the checkpoint {folder} has no {_CONTENTS}; restore it into a known structure")
     like: dict[str, Any] = {}
-    for name, form in json.loads((folder / _CONTENTS).read_text())["leaves"].items():
+    leaves = json.loads((folder / _CONTENTS).read_text()).get("leaves")
+    if not isinstance(leaves, dict):
+        raise CheckpointError(
+            f"the checkpoint {folder} is damaged ({_CONTENTS} is torn); delete it to compute it again"
+        )
+    for name, form in leaves.items():
         *above, last = name.split("/")
         place = like
         for part in above:

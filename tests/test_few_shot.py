@@ -16,6 +16,7 @@ SMALL = {
     "train": "digits", "ways": 3, "train_ways": 4, "queries": 4, "test_tasks": 8, "validation_tasks": 4, "steps": 4,
     "tasks": 2, "filters": 8, "inner_steps": 2, "eval_steps": 2, "devices": 1,
 }  # fmt: skip
+CLOSED = {"inner_steps": None, "eval_steps": None}
 GRADIENT = {"train_ways": None}  # learners whose head is meta-learned have as many classes in training as in the test
 
 
@@ -52,7 +53,9 @@ def prepared(*names):
 
 
 def options_of(learner):
-    return {"learner": learner, **({} if learner in ("protonet", "r2d2", "metaoptnet", "supervised") else GRADIENT)}
+    closed = learner in ("protonet", "r2d2", "metaoptnet", "supervised")
+    own = {"eval_steps": None} if learner == "maml_plus_plus" else {}
+    return {"learner": learner, **(CLOSED if closed else GRADIENT), **own}
 
 
 @pytest.mark.parametrize("learner", ["maml", "maml_plus_plus", "reptile", "implicit_maml", "r2d2", "supervised"])
@@ -140,15 +143,41 @@ WRONG = {
     "unknown learner 'mamel'; did you mean maml": {"learner": "mamel"},
     "--ways 0 must be at least 1": {"ways": 0},
     "--steps 0 must be at least 1": {"steps": 0},
+    "--train-ways 0 must be at least 1": {"learner": "protonet", **CLOSED, "train_ways": 0},
+    "--train-ways 7: the head of maml is meta-learned": {"train_ways": 7},
+    "give one name": {"learner": "maml,protonet"},
+    "--eval-steps says nothing to protonet": {"learner": "protonet", "train_ways": 4, "inner_steps": None},
+    "largest class of a set has": {"shots": 30, "queries": 30},
+    "cifar_fs is cifar100": {"train": "cifar100", "test": "cifar_fs"},
     "is empty or repeats a set": {"train": "digits,digits"},
     "need as many weights above 0": {"weights": "1,2"},
     "must be numbers": {"weights": "much"},
-    "give one in --train": {"learner": "supervised", "train": "digits,mnist"},
-    "give --train-ways 10 or less": {"learner": "protonet", "train_ways": 11},
-    "give --ways 10 or less": {"learner": "protonet", "ways": 12, "train_ways": 5},
+    "give one in --train": {"learner": "supervised", **CLOSED, "train": "digits,mnist"},
+    "give --train-ways 10 or less": {"learner": "protonet", **CLOSED, "train_ways": 11},
+    "give --ways 10 or less": {"learner": "protonet", **CLOSED, "ways": 12, "train_ways": 5},
     "tasks must divide among them": {"devices": 3},
     "no checkpoint at": {"init": "/nowhere"},
 }
+
+
+@pytest.mark.parametrize("data_set", ["omniglot", "cifar_fs"])
+@pytest.mark.parametrize("name", ["budget", "paper"])
+def test_presets_make_their_learners(script, name, data_set):
+    import few_shot_presets as presets
+
+    for learner in presets.LEARNERS:
+        preset = presets.preset_of(name, learner, data_set)
+        for testing in (False, True):
+            model = presets.make_model(preset, 5)
+            assert presets.make_learner(learner, model, preset, testing=testing).init is not None
+        presets.make_optimizer(preset)
+
+
+def test_validation_rows_are_not_the_tests(script):
+    parts = script.load_parts("digits", None, None)
+    rows = [set(map(bytes, part.x.reshape(len(part.x), -1))) for part in parts[:3]]
+    assert not rows[1] & rows[2]
+    assert not rows[1] & rows[0]
 
 
 @pytest.mark.parametrize("message", WRONG)

@@ -33,6 +33,14 @@ class Smooth(nn.Module):
         return nn.Dense(3, param_dtype=jnp.float64, name="head")(x), x
 
 
+class Headless(nn.Module):
+    """A network whose last layer has another name."""
+
+    @nn.compact
+    def __call__(self, x, weight=None):
+        return nn.Dense(3, name="last")(x), x
+
+
 FAMILY = {  # made for a model: name of a learner that gets its gradient through the adaptation
     "maml": lambda model: learners.maml(model, **CURVED),
     "maml, body": lambda model: learners.maml(model, **CURVED, adapted="body"),
@@ -109,9 +117,7 @@ def test_meta_gradient_equals_finite_differences(name):
         assert gradient.dtype == jnp.float64
         assert abs(gap) < 1e-10
         np.testing.assert_allclose(gradient, wanted, atol=2e-6 if name == "metaoptnet" else 2e-8)
-        for learned, leaf in jax.tree_util.tree_leaves_with_path(
-            jax.tree_util.tree_unflatten(jax.tree.structure(meta), jax.tree.leaves(ravel_pytree(meta)[1](gradient)))
-        ):
+        for learned, leaf in jax.tree_util.tree_leaves_with_path(ravel_pytree(meta)[1](gradient)):
             if learned[0].key == "inner":
                 assert np.abs(leaf).max() > 1e-6, f"{learned} is not learned"
 
@@ -368,6 +374,9 @@ def test_transfer_takes_what_fits(key):
     np.testing.assert_array_equal(moved["params"]["head"]["kernel"], fresh["params"]["head"]["kernel"])  # other classes
     with pytest.raises(ValueError, match="same network"):
         learners.transfer({"other": jnp.zeros(3)}, fresh)
+    wider = jax.jit(learners.r2d2(models.MLP(3, hidden=(16,))).init)(key, batch.x)  # its head's bias would fit
+    with pytest.raises(ValueError, match=r"Dense_0.* has shape \(8,\), wanted is \(16,\)"):
+        learners.transfer(fresh, wider)
 
 
 def test_growing_supports_from_nothing_train_every_learner(key):
@@ -427,6 +436,21 @@ WRONG = {
     "its gradient is exact": lambda: learners.implicit(RIDGE, solver_steps=3),
     "does not depend on learned rates": lambda: learners.implicit_maml(
         MLP, inner=SGD, steps=1, proximal=1.0, rates="tensor"
+    ),
+    "minimum over all parameters does not depend": lambda: learners.implicit(
+        gradient_steps(MLP, inner=SGD, steps=2, decay=0.1), solver_steps=3
+    ),
+    "first_order stops the gradients by which decay": lambda: learners.maml(
+        MLP, inner=SGD, steps=2, first_order=True, decay=0.1, learn=("decay",)
+    ),
+    "embedding is computed once": lambda: learners.anil(CONV, inner=SGD, steps=2, per_step_norm=True),
+    "pre-training takes no inner step": lambda: learners.fine_tune(MLP, optimizer=SGD, steps=1, rates="tensor"),
+    "needs all rows at once": lambda: gradient_steps(
+        models.ResNet12(3, filters=(4,)), inner=SGD, steps=1, microbatch=2
+    ),
+    "temperature must be above 0": lambda: learners.protonet(MLP, temperature=0.0),
+    "needs a last layer named 'head'": lambda: learners.anil(Headless(), inner=SGD, steps=1).init(
+        jax.random.key(0), jnp.zeros((1, 4))
     ),
     "solver_steps must be at least 1": lambda: learners.implicit_maml(
         MLP, inner=SGD, steps=1, proximal=1.0, solver_steps=0

@@ -30,6 +30,7 @@ class Adaptation(NamedTuple):
       objective: `(free, problem) -> []`, what the inner loop descends; None for a closed form.
       steps: number of inner steps; 0 for a closed form.
       bent: whether the objective has terms beside the labels' (a proximal term, weight decay) that bend it everywhere.
+      anchored: whether one of them is the proximal term, which depends on the meta-parameters.
       moves_all: whether every parameter starts from the meta-parameters and may move, as Reptile needs.
       learns: names of learned hyperparameters.
     """
@@ -44,6 +45,7 @@ class Adaptation(NamedTuple):
     objective: Callable[[PyTree, Any], Array] | None
     steps: int
     bent: bool
+    anchored: bool
     moves_all: bool
     learns: tuple[str, ...]
 
@@ -56,6 +58,14 @@ def without(names: tuple[str, ...], tree: PyTree) -> PyTree:
 def apply(model: nn.Module, variables: PyTree, x: PyTree, weight: Array | None = None) -> tuple[Array, Array]:
     """Logits `[n, c]` and embedding `[n, d]`; entries that are not the model's are left out."""
     return cast(tuple[Array, Array], model.apply(without((HYPER,), variables), x, weight))
+
+
+def head_of(variables: PyTree) -> PyTree:
+    """The last layer's kernel and bias; raises `ValueError` where no layer is named `head` or it has no bias."""
+    head = variables["params"].get("head", {})
+    if not {"kernel", "bias"} <= set(head):
+        raise ValueError("the model needs a last layer named 'head' with a kernel and a bias")
+    return head
 
 
 def init_of(model: nn.Module) -> InitFn:

@@ -12,6 +12,7 @@ from metaal_jax.learners.adaptation import (
     HYPER,
     Adaptation,
     apply,
+    head_of,
     init_of,
     judge_of,
     labelled_or,
@@ -46,7 +47,7 @@ def closed_form(
       model: a Flax module whose last layer is a linear one named `head` with a bias.
       head: `(embedding [n, d], y [n], weight [n], classes, **settings) -> {"kernel": [d, c], "bias": [c]}`, see
         `metaal_jax.learners.heads`.
-      settings: its hyperparameters, all above 0.
+      settings: its hyperparameters, all above 0 (`ridge` may be 0 where it is not learned).
       learn: which of them the outer loop trains, as logarithms, from the values given.
       statistics: of `models.BatchNorm` layers in prediction, see `gradient_steps`.
 
@@ -61,13 +62,15 @@ def closed_form(
         if name not in settings:
             raise ValueError(f"learn: {name!r} is no setting of this head; choose from {sorted(settings)}")
     for name, value in settings.items():
-        require(value > 0 if name in learn else value >= 0, f"{name} must be above 0, got {value}")
+        lowest = "at least 0" if name == "ridge" and name not in learn else "above 0"  # an SVM needs no ridge
+        require(value >= 0 if lowest == "at least 0" else value > 0, f"{name} must be {lowest}, got {value}")
     if statistics not in ("batch", "support"):
         raise ValueError(f"statistics must be 'batch' or 'support', got {statistics!r}")
 
     def init(key: Array, x: PyTree, /) -> PyTree:
         variables = init_of(model)(key, x)
-        hyper = {f"log_{name}": jnp.log(jnp.asarray(settings[name])) for name in sorted(learn)}
+        dtype = head_of(variables)["kernel"].dtype
+        hyper = {f"log_{name}": jnp.log(jnp.asarray(settings[name], dtype)) for name in sorted(learn)}
         return {**variables, HYPER: hyper} if hyper else variables
 
     def begin(meta: PyTree, batch: Batch) -> Embedded:
@@ -107,6 +110,7 @@ def closed_form(
         objective=None,
         steps=0,
         bent=False,
+        anchored=False,
         moves_all=False,
         learns=tuple(sorted(learn)),
     )

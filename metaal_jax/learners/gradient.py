@@ -15,6 +15,7 @@ from metaal_jax.learners.adaptation import (
     HYPER,
     Adaptation,
     apply,
+    head_of,
     init_of,
     judge_of,
     labelled_or,
@@ -124,7 +125,8 @@ def gradient_steps(
         `head` with a bias, and a warm start keeps the head it is given.
       temperature: factor on the prototype head's logits, > 0.
       decay: adds `decay / 2` times the squared norm of the adapted parameters to the objective.
-      proximal: adds `proximal / 2` times their squared distance from where they started.
+      proximal: adds `proximal / 2` times their squared distance from where they started: the meta-parameters, or
+        `start` where it is given.
       rates: learns a factor on the updates of every tensor or every single parameter, from 1; may become negative.
       per_step: learns such factors for each step.
       learn: hyperparameters to learn, of `"temperature"`, `"decay"`, `"proximal"` (as logarithms, from the values
@@ -135,7 +137,7 @@ def gradient_steps(
         (transductive) or of the labelled rows (`"support"`). Each inner step always uses those of its labelled rows.
       minibatch: rows drawn for each step, without replacement among those of weight; None for all.
       microbatch: rows whose activations are held at a time in a step; None for all. The result is the same up to
-        rounding; refused for models that normalise by the batch.
+        rounding; refused for models that say `normalises_by_batch`.
       remat: recomputes inner steps in the backward pass, see `inner_loop`; with `unroll=1`.
       unroll: of the scan over inner steps.
 
@@ -174,13 +176,15 @@ def gradient_steps(
         raise ValueError("per_step needs rates='tensor' or 'parameter'")
     if (per_step or per_step_norm or "steps" in learn) and steps == 0:
         raise ValueError("steps must be at least 1 where something is learned per step")
+    if per_step_norm and adapted == "head":
+        raise ValueError("per_step_norm: the embedding is computed once where only the head is adapted; leave it out")
     if head == "prototypes" and adapted == "body":
         raise ValueError("adapted='body' keeps the meta-parameters' head; give head='meta'")
     if minibatch is not None:
         require(minibatch >= 1, f"minibatch must be at least 1, got {minibatch}")
     if microbatch is not None:
         require(microbatch >= 1, f"microbatch must be at least 1, got {microbatch}")
-        if getattr(model, "norm", None) == "batch":
+        if getattr(model, "normalises_by_batch", False):
             raise ValueError("microbatch: a batch norm layer needs all rows at once; give another norm")
     learned = tuple(name for name in LEARNABLE if name in learn)
     per_parameter = (("rates",) if rates else ()) + (("norm",) if per_step_norm else ())
@@ -196,9 +200,14 @@ def gradient_steps(
 
     def init(key: Array, x: PyTree, /) -> PyTree:
         variables = init_of(model)(key, x)
-        hyper: dict[str, Any] = {f"log_{name}": jnp.log(jnp.asarray(given[name])) for name in learned if name in given}
+        if adapted != "all" or head == "prototypes":
+            head_of(variables)
+        dtype = jax.tree.leaves(variables["params"])[0].dtype
+        hyper: dict[str, Any] = {
+            f"log_{name}": jnp.log(jnp.asarray(given[name], dtype)) for name in learned if name in given
+        }
         if "steps" in learned:
-            hyper["gates"] = jnp.full(steps, OPEN)
+            hyper["gates"] = jnp.full(steps, OPEN, dtype)
         lead = (steps,) if per_step else ()
         if rates is not None:
             hyper["rates"] = jax.tree.map(
@@ -334,6 +343,7 @@ def gradient_steps(
         assemble=assemble,
         objective=objective,
         steps=steps,
+        anchored="proximal" in learned or not _is_zero(proximal),
         bent=any(name in learned or not _is_zero(given[name]) for name in ("decay", "proximal")),
         moves_all=adapted == "all" and head == "meta" and not per_step_norm,
         learns=(*learned, *per_parameter),

@@ -61,7 +61,9 @@ def maml(
     )
 
 
-def anil(model: nn.Module, *, inner: optax.GradientTransformation, steps: int, **options: Any) -> Learner:
+def anil(
+    model: nn.Module, *, inner: optax.GradientTransformation, steps: int, first_order: bool = False, **options: Any
+) -> Learner:
     """Almost no inner loop: MAML whose inner steps move the last layer alone.
 
     The embedding of the labelled rows is computed once, so many steps cost little.
@@ -70,6 +72,7 @@ def anil(model: nn.Module, *, inner: optax.GradientTransformation, steps: int, *
       model: a Flax module with a last layer named `head`.
       inner: the inner optimiser.
       steps: inner steps.
+      first_order: treats the inner gradients as constants.
       options: of the inner loop, see `gradient_steps`.
 
     Raises:
@@ -78,16 +81,19 @@ def anil(model: nn.Module, *, inner: optax.GradientTransformation, steps: int, *
     Reference: Raghu, Raghu, Bengio, Vinyals: Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness
     of MAML, 2020.
     """
-    return through(gradient_steps(model, inner=inner, steps=steps, adapted="head", **options))
+    return through(gradient_steps(model, inner=inner, steps=steps, adapted="head", **options), first_order=first_order)
 
 
-def meta_sgd(model: nn.Module, *, rate: float | Array, steps: int = 1, **options: Any) -> Learner:
+def meta_sgd(
+    model: nn.Module, *, rate: float | Array, steps: int = 1, first_order: bool = False, **options: Any
+) -> Learner:
     """Meta-SGD: MAML with a learned step size for every parameter.
 
     Args:
       model: a Flax module.
       rate: the step size that all parameters start from, > 0; learned are factors on it.
       steps: inner steps, one in the paper.
+      first_order: treats the inner gradients as constants; the step sizes are learned all the same.
       options: of the inner loop, see `gradient_steps`; `per_step=True` learns a step size for every step.
 
     Raises:
@@ -95,7 +101,8 @@ def meta_sgd(model: nn.Module, *, rate: float | Array, steps: int = 1, **options
 
     Reference: Li, Zhou, Chen, Li: Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017.
     """
-    return through(gradient_steps(model, inner=optax.sgd(rate), steps=steps, rates="parameter", **options))
+    adaptation = gradient_steps(model, inner=optax.sgd(rate), steps=steps, rates="parameter", **options)
+    return through(adaptation, first_order=first_order)
 
 
 def maml_plus_plus(
@@ -205,9 +212,12 @@ def fine_tune(
       A `Learner` whose meta-parameters are the model's variables.
 
     Raises:
-      ValueError: see `gradient_steps`.
+      ValueError: see `gradient_steps`; for learned hyperparameters, which pre-training never sees.
     """
-    base = through(gradient_steps(model, inner=optimizer, steps=steps, unroll=unroll, **options))
+    adaptation = gradient_steps(model, inner=optimizer, steps=steps, unroll=unroll, **options)
+    if adaptation.learns:
+        raise ValueError(f"fine_tune: pre-training takes no inner step and cannot learn {adaptation.learns[0]}")
+    base = through(adaptation)
     judge = judge_of(model)
 
     def meta_grad(key: Array, meta: PyTree, task: Task, /, *, step: Array) -> tuple[PyTree, Metrics]:

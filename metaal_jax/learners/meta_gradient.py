@@ -34,7 +34,8 @@ def through(
       A `Learner`. The metrics are those after the last step.
 
     Raises:
-      ValueError: for `first_order` or `multi_step` where there are no inner steps.
+      ValueError: for `first_order` or `multi_step` where there are no inner steps, and for `first_order` where what is
+        learned reaches the result through the inner gradients alone.
 
     Reference: Finn, Abbeel, Levine: Model-Agnostic Meta-Learning, 2017; Antoniou, Edwards, Storkey: How to Train Your
     MAML, 2019 (multi-step loss).
@@ -42,6 +43,8 @@ def through(
     if adaptation.steps == 0 and (first_order or multi_step is not None):
         what = "first_order" if first_order else "multi_step"
         raise ValueError(f"through: {what} is about inner steps and this adaptation takes none; leave it out")
+    if first_order and (lost := sorted({"decay", "proximal", "norm"} & set(adaptation.learns))):
+        raise ValueError(f"through: first_order stops the gradients by which {lost[0]} would be learned; leave one out")
 
     def meta_grad(key: Array, meta: PyTree, task: Task, /, *, step: Array) -> tuple[PyTree, Metrics]:
         def last_loss(meta: PyTree) -> tuple[Array, Metrics]:
@@ -141,7 +144,8 @@ def implicit(adaptation: Adaptation, *, solver_steps: int, damping: float | Arra
 
     Raises:
       ValueError: for a closed form (its gradient is exact as it is), an objective without proximal term or weight
-        decay, learned step sizes or numbers of steps (the minimum does not depend on them), or numbers out of range.
+        decay (without a proximal term where all parameters move), learned step sizes, numbers of steps or norms (the
+        minimum does not depend on them), or numbers out of range.
 
     Reference: Rajeswaran, Finn, Kakade, Levine: Meta-Learning with Implicit Gradients, 2019.
     """
@@ -154,6 +158,9 @@ def implicit(adaptation: Adaptation, *, solver_steps: int, damping: float | Arra
         raise ValueError(f"implicit: the minimum does not depend on learned {path[0]}; use through")
     if not adaptation.bent:
         raise ValueError("implicit: the inner objective needs proximal > 0 or decay > 0, both are 0")
+    if adaptation.moves_all and not adaptation.anchored:
+        raise ValueError("implicit: without proximal > 0 the minimum over all parameters does not depend on the meta-"
+                         "parameters")  # fmt: skip
 
     def meta_grad(key: Array, meta: PyTree, task: Task, /, *, step: Array) -> tuple[PyTree, Metrics]:
         del step

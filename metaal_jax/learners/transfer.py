@@ -1,5 +1,7 @@
 """One learner's parameters as another's initialisation."""
 
+from typing import Any
+
 import jax
 
 from metaal_jax.base import PyTree
@@ -8,8 +10,8 @@ from metaal_jax.base import PyTree
 def transfer(source: PyTree, fresh: PyTree) -> PyTree:
     """`fresh` meta-parameters with every leaf of `source` that has the same name and shape.
 
-    So a body that was trained with another learner, or with another number of classes, starts a new one; what does not
-    fit (a head for other classes, learned hyperparameters of one learner alone) stays fresh.
+    So a body that was trained with another learner, or with another number of classes, starts a new one. A layer named
+    `head` and learned hyperparameters that do not fit stay fresh; all other parameters must fit.
 
     Args:
       source: parameters or meta-parameters of any learner.
@@ -19,14 +21,17 @@ def transfer(source: PyTree, fresh: PyTree) -> PyTree:
       Meta-parameters with the structure of `fresh`.
 
     Raises:
-      ValueError: where not a single leaf fits.
+      ValueError: where a parameter outside the head is missing in `source` or has another shape there.
     """
-    have = dict(jax.tree_util.tree_leaves_with_path(source))
-    fits = {
-        path
-        for path, leaf in jax.tree_util.tree_leaves_with_path(fresh)
-        if path in have and have[path].shape == leaf.shape
-    }
-    if not fits:
-        raise ValueError("transfer: no parameter has the same name and shape in both; is it the same network?")
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: have[path] if path in fits else leaf, fresh)
+    have = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(source)}
+
+    def one(path: tuple, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path)
+        if name in have and have[name].shape == leaf.shape:
+            return have[name]
+        if "['params']" in name and "['head']" not in name:
+            held = f"has shape {have[name].shape}" if name in have else "is missing"
+            raise ValueError(f"transfer: {name} {held}, wanted is {leaf.shape}; is it the same network?")
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(one, fresh)

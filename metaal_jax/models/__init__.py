@@ -2,7 +2,8 @@
 
 A model is any `flax.linen.Module` whose `__call__(x, weight=None)` returns `(logits [n, c], embedding [n, d])`, the
 embedding being the input of the last layer. `weight` (float32 `[n]`, 0 = padding) matters only to layers that look at
-the whole batch. A last layer named `head` lets learners treat it apart from the body.
+the whole batch; a model with such layers says so by `normalises_by_batch = True`. A last layer named `head` lets
+learners treat it apart from the body.
 """
 
 from metaal_jax.models.layers import BatchNorm, Conv, Dropout, max_pool

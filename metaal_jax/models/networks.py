@@ -91,6 +91,11 @@ class Conv4(nn.Module):
             raise ValueError(f"Conv4: {self.filters} filters do not divide into {self.groups} groups")
         super().__post_init__()
 
+    @property
+    def normalises_by_batch(self) -> bool:
+        """Whether a row's prediction depends on the rows beside it."""
+        return self.norm == "batch"
+
     @nn.compact
     def __call__(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
         """`[n, h, w, channels]` -> logits `[n, classes]`, embedding `[n, d]`."""
@@ -117,8 +122,8 @@ class ResNet12(nn.Module):
     """The few-shot field's residual network: four blocks of three convolutions, each halving the image.
 
     A block is three times convolution, batch norm and leaky ReLU (slope 0.1), plus a 1 x 1 convolution around them,
-    then 2 x 2 max pooling; the embedding is the mean over positions. Dropout of whole channels after each block stands
-    in for the papers' DropBlock.
+    then 2 x 2 max pooling. Different from the reference: the embedding is the mean over positions instead of all of
+    them, and dropout of whole channels after each block stands in for DropBlock.
 
     Attributes:
       classes: number of logits.
@@ -137,6 +142,7 @@ class ResNet12(nn.Module):
     implementation: Literal["patches", "lax"] = "patches"
     dropout: float = 0.0
     dtype: Any = None
+    normalises_by_batch = True
 
     def __post_init__(self):
         _check_dropout("ResNet12", self.dropout)
