@@ -42,6 +42,7 @@ class Preset:
     optimizer: Literal["adam", "sgd"] = "adam"
     rate: float = 3e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    inner_optimizer: Literal["sgd", "adam"] = "sgd"
     inner_rate: float = 0.4
     inner_steps: int = 1
     eval_steps: int = 3
@@ -171,7 +172,9 @@ def make_learner(name: str, model: nn.Module, preset: Preset, *, testing: bool) 
             per_step_norm=preset.norm != "none", unroll=True, **common,
         )  # fmt: skip
     if name == "reptile":
-        inner = optax.adam(preset.inner_rate, b1=0.0)
+        inner = (
+            optax.adam(preset.inner_rate, b1=0.0) if preset.inner_optimizer == "adam" else optax.sgd(preset.inner_rate)
+        )
         # The papers' test tasks are learned in mini-batches of as many rows as there are.
         return learners.reptile(model, inner=inner, steps=steps, minibatch=None if testing else preset.minibatch,
                                 **common)  # fmt: skip

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from arms import LEARNERS, Arm, Curves, make_arms, make_run
 from meta_learners import meta_learner_of
-from meta_training import make_meta_job, meta_data, meta_train
+from meta_training import make_meta_job, meta_data, meta_restore, meta_train
 from metaal_jax import data, tasks
 from metaal_jax.base import Batch
 from registry import ALIASES, STRATEGIES, find, listing
@@ -66,6 +66,9 @@ class Config:
     members: int = 4
     """Committee members."""
 
+    meta_run: str | None = None
+    """Run folder of an earlier run for this source and target, whose meta-learned networks are used. None trains them
+    here."""
     tasks: Literal["auto", "classes", "shapes", "both"] = "auto"
     """Tasks of the source. classes: its classes, and their rotations as further classes. shapes: level sets of
     distorted crops of single images, without labels. both: half of the tasks each. auto: shapes for natural images (32
@@ -119,8 +122,8 @@ class Config:
     """Its inner steps on the target (all labels)."""
     reptile_rate: float = 1e-3
     """Its inner learning rate."""
-    pool_rows: int = 500
-    """Pool rows that +pseudo and +propagation learn from."""
+    pool_rows: int | None = 500
+    """Pool rows that +pseudo and +propagation learn from; none for all of them."""
     scratch_steps: int = 60
     """Steps from scratch (AdamW, all labels in every step)."""
     scratch_rate: float = 1e-3
@@ -250,7 +253,7 @@ def check(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     for name in (
         "budget", "batch_size", "seeds", "seeds_at_once", "test", "meta_tasks", "meta_labels", "chunk", "pool_rows"
     ):  # fmt: skip
-        if getattr(config, name) < 1:
+        if getattr(config, name) is not None and getattr(config, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
     if config.budget % config.batch_size:
         raise UsageError(f"--budget {config.budget} must be a multiple of --batch-size {config.batch_size}")
@@ -359,6 +362,8 @@ def job(config: Config) -> None:
 
     metas = {
         name: meta_train(config, setting, meta_job, folder, meta_key, name=name, load=once)
+        if config.meta_run is None
+        else meta_restore(config, setting, meta_job, name=name)
         for name, meta_job in meta_jobs.items()
     }
     study = active(config, setting, folder, active_key, metas, arms)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from arms import make_model
 from meta_learners import OWN_HEAD, make_meta_learner
 from metaal_jax import checkpoint, exemplars, tasks
+from metaal_jax.base import PyTree
 from metaal_jax.outer import MetaState, OuterLoop, outer_loop
 from runs import RunFolder, UsageError, round_to
 
@@ -164,6 +166,31 @@ def meta_train(
         judge=lambda meta, held_out: judge(validation_key, meta, held_out),
         name="" if name == "maml" else name,
     )  # fmt: skip
-    kept = "meta_parameters" if name == "maml" else f"meta_parameters_{name}"
-    checkpoint.save(folder.path / kept, state.meta, config={"learner": name, **dataclasses.asdict(config)})
+    config = {"learner": name, **dataclasses.asdict(config)}
+    checkpoint.save(folder.path / kept_name(name), state.meta, config=config)
     return state.meta
+
+
+def kept_name(name: str) -> str:
+    """The part of a run folder that holds a learner's meta-parameters."""
+    return "meta_parameters" if name == "maml" else f"meta_parameters_{name}"
+
+
+def meta_restore(config: Any, setting: Any, meta_job: MetaJob, *, name: str = "maml") -> PyTree:
+    """The meta-parameters that the finished run in the folder `config.meta_run` keeps.
+
+    Raises:
+      UsageError: where the folder has none for this learner, or is a run of another source, target or seed.
+    """
+    path = Path(config.meta_run)
+    if not (path / kept_name(name)).is_dir():
+        raise UsageError(f"{path} holds no finished meta-training of {name}; run python experiments/meta_active.py "
+                         f"--source {config.source} --target {config.target} --learners {name} first, or leave "
+                         "--meta-run out")  # fmt: skip
+    held = json.loads((path / "config.json").read_text())
+    for field in ("source", "target", "seed"):
+        if held[field] != getattr(config, field):
+            raise UsageError(f"{path} is a run with {field}={held[field]!r}, asked for is {getattr(config, field)!r}")
+    like = jnp.zeros((1, *setting.shape), setting.train_source.x.dtype)
+    meta = jax.eval_shape(meta_job.outer.init, jax.random.key(config.seed), like).meta
+    return checkpoint.restore(path / kept_name(name), meta)

@@ -21,7 +21,6 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -33,8 +32,8 @@ from tqdm import tqdm
 
 import meta_active
 from arms import make_arms, make_model, without_head
-from meta_training import make_meta_job, meta_train
-from metaal_jax import checkpoint, learners, models, tasks
+from meta_training import make_meta_job, meta_restore, meta_train
+from metaal_jax import learners, models, tasks
 from metaal_jax.acquisition import predict_pool
 from metaal_jax.base import Problem, PyTree
 from metaal_jax.loop import active_learner
@@ -179,26 +178,17 @@ def make_plan(config: Config) -> Plan:
 
 def main_config(config: Config) -> meta_active.Config:
     """The main job's config for the same source and target."""
-    return meta_active.Config(source=config.source, target=config.target, seed=config.seed, data_dir=config.data_dir)
+    return meta_active.Config(source=config.source, target=config.target, seed=config.seed, data_dir=config.data_dir,
+                              meta_run=config.meta_run)  # fmt: skip
 
 
-def meta_parameters(config: Config, setting: meta_active.Setting, folder: RunFolder) -> PyTree:
+def main_network(config: Config, setting: meta_active.Setting, folder: RunFolder) -> PyTree:
     """The main job's meta-learned network: restored from its run folder, or trained here with the same keys."""
     job_config = main_config(config)
     meta_job = make_meta_job(job_config, setting)
-    meta_key, _ = jax.random.split(jax.random.key(config.seed))
-    if config.meta_run is None:
-        return meta_train(job_config, setting, meta_job, folder, meta_key)
-    path = Path(config.meta_run)
-    if not (path / "meta_parameters").is_dir():
-        raise UsageError(f"{path} holds no finished meta-training; run python experiments/meta_active.py --source "
-                         f"{config.source} --target {config.target} first, or leave --meta-run out")  # fmt: skip
-    held = json.loads((path / "config.json").read_text())
-    for name in ("source", "target", "seed"):
-        if held[name] != getattr(config, name):
-            raise UsageError(f"{path} is a run with {name}={held[name]!r}, asked for is {getattr(config, name)!r}")
-    like = jax.eval_shape(meta_job.outer.init, meta_key, jnp.zeros((1, *setting.shape), setting.train_source.x.dtype))
-    return checkpoint.restore(path / "meta_parameters", like.meta)
+    if config.meta_run is not None:
+        return meta_restore(job_config, setting, meta_job)
+    return meta_train(job_config, setting, meta_job, folder, jax.random.split(jax.random.key(config.seed))[0])
 
 
 def make_problems(config: Config, setting: meta_active.Setting, meta: PyTree, places: tuple) -> dict:
@@ -347,7 +337,7 @@ def job(config: Config) -> None:
         for strategy, k, budget in plan.programs:
             make_run(config, setting.classes, strategy, k, budget)
     folder = RunFolder(config.out, config, resume=config.resume, free=FREE)
-    meta = meta_parameters(config, setting, folder) if config.best or "meta" in config.embeddings else ()
+    meta = main_network(config, setting, folder) if config.best or "meta" in config.embeddings else ()
     problems = make_problems(config, setting, meta, plan.places)
     records = run_cells(config, plan, setting.classes, problems, folder)
     again = lambda best: adapt_whole_network(config, setting, folder, meta, best)  # noqa: E731
