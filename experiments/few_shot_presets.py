@@ -42,7 +42,6 @@ class Preset:
     optimizer: Literal["adam", "sgd"] = "adam"
     rate: float = 3e-3
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    inner_optimizer: Literal["sgd", "adam"] = "sgd"
     inner_rate: float = 0.4
     inner_steps: int = 1
     eval_steps: int = 3
@@ -67,7 +66,7 @@ BUDGET: dict[str, Preset] = {
         SECOND_ORDER, inner_rate=0.1, inner_steps=3, eval_steps=3, tasks=4, steps=8000
     ),
     "reptile": dataclasses.replace(
-        SECOND_ORDER, train_shots=10, train_queries=1, inner_rate=4e-3, inner_steps=5, eval_steps=50, minibatch=10,
+        SECOND_ORDER, train_shots=10, train_queries=1, inner_rate=0.1, inner_steps=5, eval_steps=50, minibatch=10,
         optimizer="sgd", rate=0.5, schedule="linear", tasks=4,
     ),
     "implicit_maml": dataclasses.replace(
@@ -92,7 +91,7 @@ PAPER: dict[str, dict[str, Preset]] = {
         ),
         "reptile": Preset(
             filters=64, train_shots=10, train_queries=1, steps=100000, tasks=5, optimizer="sgd", rate=1.0,
-            schedule="linear", inner_rate=1e-3, inner_steps=5, eval_steps=50, minibatch=10,
+            schedule="linear", inner_rate=0.1, inner_steps=5, eval_steps=50, minibatch=10,
         ),
         "implicit_maml": Preset(
             filters=64, steps=20000, tasks=32, rate=1e-3, inner_rate=0.1, inner_steps=16, eval_steps=16, damping=10.0,
@@ -172,9 +171,9 @@ def make_learner(name: str, model: nn.Module, preset: Preset, *, testing: bool) 
             per_step_norm=preset.norm != "none", unroll=True, **common,
         )  # fmt: skip
     if name == "reptile":
-        inner = (
-            optax.adam(preset.inner_rate, b1=0.0) if preset.inner_optimizer == "adam" else optax.sgd(preset.inner_rate)
-        )
+        # The paper's Adam keeps its second moments from task to task. Begun anew in every task it takes steps of one
+        # size in all directions, noise as well, and learns far more slowly than plain gradient descent.
+        inner = optax.sgd(preset.inner_rate)
         # The papers' test tasks are learned in mini-batches of as many rows as there are.
         return learners.reptile(model, inner=inner, steps=steps, minibatch=None if testing else preset.minibatch,
                                 **common)  # fmt: skip

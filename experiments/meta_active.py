@@ -117,10 +117,10 @@ class Config:
     proximal: float = 1.0
     """Strength of its pull to the initialisation."""
     reptile_steps: int = 8
-    """Inner steps of Reptile in meta-training (Adam, 10 rows each)."""
+    """Inner steps of Reptile in meta-training (SGD, 10 rows each)."""
     reptile_adapt_steps: int = 40
     """Its inner steps on the target (all labels)."""
-    reptile_rate: float = 1e-3
+    reptile_rate: float = 0.1
     """Its inner learning rate."""
     pool_rows: int | None = 500
     """Pool rows that +pseudo and +propagation learn from; none for all of them."""

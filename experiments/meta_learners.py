@@ -47,7 +47,7 @@ def make_meta_learner(name: str, model: nn.Module, config: Any, *, testing: bool
     if name == "meta_sgd":
         return learners.meta_sgd(model, rate=config.own_rate, steps=config.own_steps, unroll=True)
     if name == "reptile":
-        inner = optax.adam(config.reptile_rate, b1=0.0)
+        inner = optax.sgd(config.reptile_rate)
         steps = config.reptile_adapt_steps if testing else config.reptile_steps
         return learners.reptile(model, inner=inner, steps=steps, minibatch=None if testing else 10)
     if name == "implicit_maml":

@@ -151,7 +151,8 @@ def reptile(
 
     Args:
       model: a Flax module.
-      inner: the inner optimiser; Adam without first moment (`b1=0`) in the paper.
+      inner: the inner optimiser. The paper's is Adam without first moment whose second moments live on from task to
+        task; here every task begins anew, for which plain gradient descent is better.
       steps: inner steps.
       minibatch: rows drawn for each of them; None for all.
       options: of the inner loop, see `gradient_steps`.
