@@ -86,9 +86,9 @@ def make_arms(
     """The arms of a learner: one for the strategies that ask a single model, one for those that ask a committee."""
     single, start, prepare, source = _learner(learner, classes, shape, config)
     k, budget = config.batch_size, config.budget
-    # Only training from scratch takes so many steps that a smaller buffer pays for compiling the round twice.
+    # Long training, or many labels: then a smaller buffer pays for compiling the round twice.
     half = -(-budget // 2 // k) * k
-    segments = (half, budget) if learner == "scratch" and budget > 50 and half < budget else (budget,)
+    segments = (half, budget) if budget > (50 if learner == "scratch" else 100) and half < budget else (budget,)
     own_model, training = _supervised(learner, classes, shape, config)
     need = Need(
         k=k, classes=classes, learner=single, refit=single, loss_learner=learners.loss_predictor(own_model, **training)
