@@ -123,7 +123,7 @@ class Config:
     reptile_rate: float = 0.1
     """Its inner learning rate."""
     pool_rows: int | None = 500
-    """Pool rows that +pseudo and +propagation learn from; none for all of them."""
+    """Pool rows that +pseudo and +propagation learn from; None for all of them."""
     scratch_steps: int = 60
     """Steps from scratch (AdamW, all labels in every step)."""
     scratch_rate: float = 1e-3

@@ -125,32 +125,35 @@ def write_results(path: Path, *, command: str, environment: dict, seconds: float
 
 
 def picture(study: Study, path: Path, title: str) -> None:
-    """Learning curves with 95 % bands, one panel a learner, all on the same axes."""
+    """Learning curves with 95 % bands, one panel a learner; one for all learners where there is one strategy."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    learners = list(dict.fromkeys(learner for learner, _ in study.curves))
-    strategies = list(dict.fromkeys(strategy for _, strategy in study.curves))
-    colours = dict(zip(strategies, plt.colormaps["tab10"].colors, strict=False))
-    width = max(3.4 * len(learners), 5.0)
-    figure, axes = plt.subplots(1, len(learners), figsize=(width, 3.8), sharey=True, squeeze=False)
-    for axis, learner in zip(axes[0], learners, strict=True):
-        for (name, strategy), metrics in study.curves.items():
-            if name != learner:
+    learners, strategies = (list(dict.fromkeys(arm[i] for arm in study.curves)) for i in (0, 1))
+    by_learner = len(strategies) > 1 or len(learners) == 1
+    panels, lines = (learners, strategies) if by_learner else (strategies, learners)
+    styles = [(colour, dash) for dash in ("-", "--", ":", "-.") for colour in plt.colormaps["tab10"].colors]
+    style = dict(zip(lines, styles, strict=False))
+    width = max(3.4 * len(panels), 5.0 if by_learner else 8.0)
+    figure, axes = plt.subplots(1, len(panels), figsize=(width, 3.8 if by_learner else 5.0), sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for arm, metrics in study.curves.items():
+            own, line = arm if by_learner else arm[::-1]
+            if own != panel:
                 continue
             rows = [interval(column) for column in 100 * metrics["accuracy"].T]
-            mean = [row.mean for row in rows]
-            axis.plot(study.labels, mean, label=strategy, color=colours[strategy], linewidth=1.6)
+            colour, dash = style[line]
+            axis.plot(study.labels, [r.mean for r in rows], dash, label=line, color=colour, linewidth=1.6)
             if rows[0].seeds > 1:
                 axis.fill_between(study.labels, [r.low for r in rows], [r.high for r in rows],
-                                  color=colours[strategy], alpha=0.15, linewidth=0)  # fmt: skip
-        axis.set_title(learner)
+                                  color=colour, alpha=0.15, linewidth=0)  # fmt: skip
+        axis.set_title(panel)
         axis.set_xlabel("labels bought")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][-1].legend(frameon=False, loc="lower right")
+    axes[0][-1].legend(frameon=False, loc="lower right", ncols=1 + (len(lines) > 8))
     figure.suptitle(title)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,27 @@ def main_job(path: Path) -> str:
     return f"{caption}\n\n" + tabulate(lines, header, tablefmt="github", disable_numparse=True)
 
 
+def learners(path: Path) -> str:
+    """Accuracy of every learner of one run of the main job, from no label on."""
+    result = json.loads(path.read_text())
+    rows = {(r["learner"], r["metric"], r["labels"]): r for r in result["rows"]}
+    most = max(r["labels"] for r in result["rows"])
+    shown = [n for n in (10, 15, 20, 30, 50, 60, 100, 200) if any(key[1:] == ("accuracy", n) for key in rows)]
+    cell = lambda r: f"{100 * r['mean']:.1f} ± {50 * (r['high'] - r['low']):.1f}"  # noqa: E731
+    lines = []
+    for learner in dict.fromkeys(r["learner"] for r in result["rows"]):
+        line = [learner, cell(rows[learner, "cold_accuracy", 0]),
+                *[cell(rows[learner, "accuracy", n]) for n in shown], cell(rows[learner, "area", most])]  # fmt: skip
+        for target in (90, 95):
+            needed = rows[learner, f"labels_to_{target}", most]["median"]
+            line.append(f"> {most}" if needed is None else f"{needed:.0f}")
+        lines.append(line)
+    seeds, minutes = result["rows"][0]["seeds"], result["seconds"] / 60
+    caption = f"`{result['command']}` ({result['device']}, {minutes:.0f} minutes, {seeds} seeds)"
+    header = ["learner", "0", *map(str, shown), "area", "to 90 %", "to 95 %"]
+    return f"{caption}\n\n" + tabulate(lines, header, tablefmt="github", disable_numparse=True)
+
+
 def benchmark(path: Path) -> str:
     """Speeds and ratios of one benchmark: medians and quartiles."""
     result = json.loads(path.read_text())
@@ -151,7 +172,8 @@ def tables() -> dict[str, str]:
     """The tables of the project's README, by what they are drawn from."""
     found = {}
     for path in sorted((ROOT / "experiments/results/meta_active").glob("*.json")):
-        found[str(path.relative_to(ROOT))] = main_job(path)
+        draw = learners if path.stem.endswith(("-learners", "-propagation")) else main_job
+        found[str(path.relative_to(ROOT))] = draw(path)
     places = strategy_places()
     if places:
         found["strategies"] = strategy_caption() + "\n\n" + strategy_areas(places, 10, 100, FOLLOWED)
