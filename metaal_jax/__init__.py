@@ -1,6 +1,19 @@
 """Meta-active learning in JAX: learn from many tasks how to adapt to a new one, and which of its examples to label."""
 
-from metaal_jax import acquisition, data, exemplars, learners, loop, losses, metrics, models, parallel, stopping, tasks
+from metaal_jax import (
+    acquisition,
+    data,
+    exemplars,
+    learners,
+    loop,
+    losses,
+    metrics,
+    models,
+    parallel,
+    policies,
+    stopping,
+    tasks,
+)
 from metaal_jax.base import (
     ActiveLearner,
     Batch,
@@ -42,6 +55,7 @@ __all__ = [
     "models",
     "outer_loop",
     "parallel",
+    "policies",
     "stopping",
     "tasks",
 ]

@@ -175,12 +175,16 @@ class Policy(NamedTuple):
       init: `(key) -> policy_params`, `()` for fixed rules.
       begin: `(policy_params, key, view) -> policy_state`, once per run: neighbour graphs, densities, memory.
       act: `(policy_params, policy_state, key, view) -> (Decision, policy_state)`.
-      evaluate: `(policy_params, policy_state, view, index) -> (log_prob, entropy, value)` for training, or None.
+      observe: `(policy_state, key, view) -> observation`, what `act` looks at when it is given the same key; small, so
+        that whole runs can be kept. None for a policy that cannot be trained.
+      evaluate: `(policy_params, observation, index) -> (log_prob, entropy, value)`: the log-probability of the batch
+        `index` `[k]` where the policy is sampled, the entropy of its draws and the expected return. None likewise.
     """
 
     init: Any
     begin: Any
     act: Any
+    observe: Any = None
     evaluate: Any = None
 
 

@@ -239,7 +239,7 @@ def max_herding(*, k: int, anchors: int = 1000, bandwidth: float | Array | None 
         anchor_key, pick_key = jax.random.split(key)
         embedding = unit_rows(view.prediction.embedding.mean(0))
         anchor, found = stand_ins(anchor_key, view, anchors)
-        width = _squared_width(embedding[anchor], found) if bandwidth is None else jnp.float32(bandwidth) ** 2
+        width = squared_width(embedding[anchor], found) if bandwidth is None else jnp.float32(bandwidth) ** 2
         kernel = jnp.exp(-squared_distances(embedding[anchor], embedding) / width)
         covered = jnp.where(view.labelled_index >= 0, kernel[:, view.labelled_index], 0.0).max(-1, initial=0.0)
         return cover_greedily(pick_key, view, k, kernel, covered, found)
@@ -247,7 +247,7 @@ def max_herding(*, k: int, anchors: int = 1000, bandwidth: float | Array | None 
     return fixed_rule(act)
 
 
-def _squared_width(rows: Array, found: Array) -> Array:
+def squared_width(rows: Array, found: Array) -> Array:
     """The median over `rows` of the 10 % quantile of their squared distances to each other."""
     number = found.sum()
     distance = jnp.where(found & ~jnp.eye(rows.shape[0], dtype=bool), squared_distances(rows, rows), jnp.inf)

@@ -121,6 +121,25 @@ def expected_error_reduction(learner: Learner, *, loss: Loss = "log", chunk: int
     return scorer
 
 
+def value_of_label(learner: Learner, loss: Loss = "log") -> Callable[..., Array]:
+    """What a label is worth: minus the loss on selection rows after adapting with it.
+
+    Returns:
+      `(key, view, labelled, position, y, selection) -> []`: the learner adapts from the view's meta-parameters to the
+      batch `labelled`, which has room for one row more, and pool row `position` with class `y`; the value is minus the
+      cross entropy (`"log"`) or the accuracy (`"zero_one"`) on the batch `selection`.
+    """
+    measure = accuracy if loss == "zero_one" else lambda *args: -cross_entropy(*args)
+
+    def value(key: Array, view: PoolView, labelled: Batch, position: Array, y: Array, selection: Batch) -> Array:
+        batch = append_row(labelled, take(view.x, position), y)
+        params = learner.adapt(key, view.meta, batch, unlabelled=view.x)
+        log_probs = consensus(learner.predict(params, selection.x).logits)
+        return measure(log_probs, selection.y, selection.weight)
+
+    return value
+
+
 def greedy_oracle(
     learner: Learner, *, k: int, candidates: int | None = None, loss: Loss = "log", chunk: int = 16
 ) -> Policy:
@@ -165,12 +184,10 @@ def greedy_oracle(
         y = truth[view.row]
         adapt_key, pick_key = jax.random.split(key)
 
+        value = value_of_label(learner, loss)
+
         def gain(labelled: Batch, position: Array) -> Array:
-            batch = append_row(labelled, take(view.x, position), y[position])
-            params = learner.adapt(adapt_key, view.meta, batch, unlabelled=view.x)
-            log_probs = consensus(learner.predict(params, selection.x).logits)
-            measure = accuracy if loss == "zero_one" else lambda *args: -cross_entropy(*args)
-            return measure(log_probs, selection.y, selection.weight)
+            return value(adapt_key, view, labelled, position, y[position], selection)
 
         def pick(carry: tuple[Batch, Array], key: Array) -> tuple[tuple[Batch, Array], tuple[Array, Array, Array]]:
             labelled, available = carry

@@ -8,5 +8,17 @@ learners treat it apart from the body.
 
 from metaal_jax.models.layers import BatchNorm, Conv, Dropout, max_pool
 from metaal_jax.models.networks import MLP, Conv4, ResNet12, as_float
+from metaal_jax.models.policy import RowNetwork, SetNetwork
 
-__all__ = ["MLP", "BatchNorm", "Conv", "Conv4", "Dropout", "ResNet12", "as_float", "max_pool"]
+__all__ = [
+    "MLP",
+    "BatchNorm",
+    "Conv",
+    "Conv4",
+    "Dropout",
+    "ResNet12",
+    "RowNetwork",
+    "SetNetwork",
+    "as_float",
+    "max_pool",
+]

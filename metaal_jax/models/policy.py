@@ -1,0 +1,72 @@
+"""Networks that score a pool's rows: what `metaal_jax.policies` learns."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def _value(situation: Array, width: int) -> Array:
+    return nn.Dense(1, name="value_2")(nn.tanh(nn.Dense(width, name="value_1")(situation)))[..., 0]
+
+
+def _scores(hidden: Array, rows: Array, prior: Sequence[float]) -> Array:
+    """Scores that begin as `rows @ prior`."""
+    start = jnp.zeros(rows.shape[-1]).at[: len(prior)].set(jnp.asarray(prior, jnp.float32))
+    skip = nn.Dense(1, use_bias=False, kernel_init=lambda *_: start[:, None], name="skip")(rows)
+    own = nn.Dense(1, use_bias=False, kernel_init=nn.initializers.zeros, name="scores")(hidden)
+    return (skip + own)[..., 0]
+
+
+class RowNetwork(nn.Module):
+    """Scores every row by itself, given the situation.
+
+    Attributes:
+      width: of the hidden layers.
+      prior: factors of the rows' inputs with which the scores begin, 0 for those not given.
+    """
+
+    width: int = 32
+    prior: tuple[float, ...] = ()
+
+    @nn.compact
+    def __call__(self, rows: Array, situation: Array, mask: Array) -> tuple[Array, Array]:
+        """Inputs of the rows `[m, f]`, of the situation `[g]`, who counts `[m]` -> scores `[m]`, value `[]`."""
+        del mask
+        hidden = nn.tanh(nn.Dense(self.width, name="rows")(rows) + nn.Dense(self.width, name="situation")(situation))
+        hidden = nn.tanh(nn.Dense(self.width, name="hidden")(hidden))
+        return _scores(hidden, rows, self.prior), _value(situation, self.width)
+
+
+class SetNetwork(nn.Module):
+    """Scores every row in view of all others: attention through a few inducing points, linear in the number of rows.
+
+    A permutation of the rows permutes the scores; rows that `mask` leaves out change none.
+
+    Attributes:
+      width: of the hidden layers.
+      points: inducing points.
+      prior: factors of the rows' inputs with which the scores begin, 0 for those not given.
+
+    Reference: Lee et al.: Set Transformer, 2019.
+    """
+
+    width: int = 32
+    points: int = 8
+    prior: tuple[float, ...] = ()
+
+    @nn.compact
+    def __call__(self, rows: Array, situation: Array, mask: Array) -> tuple[Array, Array]:
+        """Inputs of the rows `[m, f]`, of the situation `[g]`, who counts `[m]` -> scores `[m]`, value `[]`."""
+        dense = lambda name, x: nn.Dense(self.width, name=name)(x)  # noqa: E731
+        hidden = nn.tanh(dense("rows", rows) + dense("situation", situation))
+        point = self.param("points", nn.initializers.normal(1.0), (self.points, self.width))
+        asked = (point + dense("asked", situation)) @ dense("keys", hidden).T / jnp.sqrt(self.width)
+        share = jax.nn.softmax(jnp.where(mask, asked, -1e9), axis=-1) * mask.any()
+        summary = nn.tanh(dense("summary", share @ hidden))
+        back = jax.nn.softmax(dense("asking", hidden) @ dense("answers", summary).T / jnp.sqrt(self.width), axis=-1)
+        hidden = nn.tanh(dense("hidden", hidden) + back @ dense("told", summary))
+        value_input = jnp.concatenate([situation, summary.mean(0)])
+        return _scores(hidden, rows, self.prior), _value(value_input, self.width)
