@@ -64,8 +64,9 @@ class TestFeatures:
         gain = np.maximum(kernel - covered, 0)
         np.testing.assert_allclose(value("coverage"), gain.mean(1), rtol=1e-3, atol=1e-6)
         share = entropy(p) / np.log(4)
-        np.testing.assert_allclose(value("uncertain_cover"), (gain * share).mean(1), rtol=1e-3, atol=1e-6)
-        np.testing.assert_allclose(value("around"), (kernel * share).sum(1) / kernel.sum(1), rtol=1e-3)
+        doubt = 1 - top[:, -1] + top[:, -2]
+        np.testing.assert_allclose(value("uncertain_cover"), (gain * doubt).mean(1), rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(value("around"), (kernel * doubt).sum(1) / kernel.sum(1), rtol=1e-3)
         full = 4 * np.array([1, 2, 0, 0]) / 3
         np.testing.assert_allclose(value("filled"), p @ (full / (1 + full)), rtol=1e-4)
         truth = np.eye(4)[[1, 1, 0]]

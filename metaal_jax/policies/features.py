@@ -23,8 +23,8 @@ Row features, `ROWS`:
     density          mean kernel value to the anchors
     typicality       mean of the `NEIGHBOURS` largest kernel values to the anchors
     coverage         mean over the anchors of how much the row raises their largest kernel value to a labelled row
-    uncertain_cover  the same, each anchor weighed by its entropy: what the row says about what is not known yet
-    around           mean entropy of the anchors, weighed by their kernel value to the row
+    uncertain_cover  the same, each anchor weighed by 1 - margin: what the row says about what is not known yet
+    around           mean of 1 - margin over the anchors, weighed by their kernel value to the row
     filled           how full the row's probable classes are: mean of s / (1 + s), with s = c * share of the labels
     dissent          how far the prediction is from the labels nearby: 1 - the chance that a label drawn by kernel
                      values to the labelled rows is a class drawn by the prediction
@@ -113,7 +113,7 @@ class Observation(NamedTuple):
       situation: float32 `[len(SITUATION)]`.
       kernel: float32 `[m, a]`, similarity to the anchors.
       covered: float32 `[a]`, the anchors' largest similarity to a labelled row.
-      interest: float32 `[a]`, the anchors' entropies, divided by log c.
+      interest: float32 `[a]`, 1 - margin of the anchors.
       weight: float32 `[a]`, of the anchors.
       embedding: float32 `[m, d]`, rows of length 1.
       width: float32 `[]`, of the kernel.
@@ -215,7 +215,7 @@ def observe(
     near = jnp.exp(-squared_distances(geometry.embedding, geometry.embedding[place]) / geometry.width) * labelled
     nearness = near.max(-1, initial=0.0)
     covered = jnp.where(labelled, geometry.kernel[place].T, 0.0).max(-1, initial=0.0)
-    interest = entropy[geometry.anchor]
+    interest = 1.0 - margin[geometry.anchor]
     gain = jnp.maximum(geometry.kernel - covered, 0.0)
     density = geometry.kernel @ geometry.weight
     around = geometry.kernel @ (geometry.weight * interest) / jnp.maximum(density, 1e-9)
