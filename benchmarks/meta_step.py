@@ -10,6 +10,9 @@ inner steps its memory hardly grows with their number.
 All start from the same parameters and the same tasks (5-way 1-shot, 15 query rows a class, strided Conv4 with batch
 norm on the batch's own statistics), and their losses and meta-gradients are compared before anything is timed.
 Libraries that are not installed are left out.
+
+Expected on two CPU cores: 1.85 times the best PyTorch form (a loop in two processes) with 32 filters, 1.25 times with
+64. All figures: benchmarks/results/.
 """
 
 import importlib

@@ -133,6 +133,14 @@ class TestFeatures:
     def test_defined_from_the_cold_start_on_for_any_number_of_classes(self, classes, members):
         view = make_view(0, 30, classes=classes, members=members)
         uniform = view._replace(prediction=view.prediction._replace(logits=jnp.zeros((members, 30, classes))))
+        first = uniform._replace(labelled_index=uniform.labelled_index.at[0].set(2))
+        answers = [first._replace(labelled=first.labelled._replace(y=first.labelled.y.at[0].set(y),
+                                                                   weight=first.labelled.weight.at[0].set(1.0)))
+                   for y in (0, 1)]  # fmt: skip
+        memory = features.remember(features.fresh_memory(uniform), uniform)
+        one, other = (look(answer, memory) for answer in answers)
+        np.testing.assert_allclose(one.situation, other.situation, rtol=1e-5)
+        np.testing.assert_allclose(one.rows, other.rows, rtol=1e-5)
         for some in (view, uniform, view._replace(queried=jnp.ones(30, bool))):
             seen = look(some)
             assert np.isfinite(seen.rows).all()
@@ -232,14 +240,60 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="cannot be trained"):
         policies.reinforce(TOY, fixed, toy_problem, **options)
     with pytest.raises(ValueError, match="a budget of 4 must be a positive multiple of k=3"):
-        policies.ppo(TOY, policies.learned(network, k=3), toy_problem, k=3, **options)
+        policies.ppo(TOY, policies.learned(network, k=3, sample=True), toy_problem, k=3, **options)
     with pytest.raises(ValueError, match="at least 2 rollouts, got 1"):
-        policies.reinforce(TOY, policies.learned(network, k=1), toy_problem, rollouts=1, **options)
+        policies.reinforce(TOY, policies.learned(network, k=1, sample=True), toy_problem, rollouts=1, **options)
     with pytest.raises(ValueError, match="reward must be one of"):
-        policies.ppo(TOY, policies.learned(network, k=1), toy_problem, reward="gold", **options)
+        policies.ppo(TOY, policies.learned(network, k=1, sample=True), toy_problem, reward="gold", **options)
     with pytest.raises(ValueError, match="capacity of 2 does not hold the 16 rounds"):
         policies.supervised(TOY, policies.learned(network, k=1), toy_problem, score=policies.scores_of(network),
                             capacity=2, **options)  # fmt: skip
+
+
+def test_a_trainer_wants_a_policy_that_draws_as_many_rows(key):
+    network = NETWORKS["row"]
+    options = {"optimizer": optax.sgd(0.1), "budget": 4}
+    for train_by in (policies.reinforce, policies.ppo):
+        with pytest.raises(ValueError, match="give it sample=True"):
+            train_by(TOY, policies.learned(network, k=1), toy_problem, **options)
+    trainer = policies.reinforce(TOY, policies.learned(network, k=2, sample=True), toy_problem, **options)
+    with pytest.raises(ValueError, match="asks for 2 rows a round, the trainer for k=1"):
+        train(trainer, key, 1)
+
+
+def test_what_is_drawn_is_what_is_evaluated(key):
+    """With candidates, and in a pool that is longer than the shortlist; the first minibatch of PPO is not clipped."""
+    policy = policies.learned(NETWORKS["row"], k=3, sample=True, candidates=15, shortlist=8)
+    view = make_view(0, 40, labelled=(1,))
+    params = bent(policy.init(key), key)
+    state = policy.begin(params, key, view)
+
+    @jax.jit
+    def both(key):
+        decision = policy.act(params, state, key, view)[0]
+        return decision.log_prob, policy.evaluate(params, policy.observe(state, key, view), decision.index)[0]
+
+    drawn, evaluated = jax.vmap(both)(jax.random.split(key, 8))
+    np.testing.assert_allclose(drawn, evaluated, rtol=1e-3, atol=1e-4)
+    seen = policy.observe(state, key, view)
+    elsewhere = jnp.setdiff1d(jnp.arange(40), seen.position)[:3].astype(jnp.int32)
+    assert policy.evaluate(params, seen, elsewhere)[0] == -jnp.inf
+    trainer = policies.ppo(TOY, policies.learned(NETWORKS["row"], k=1, sample=True), toy_problem, budget=4,
+                           optimizer=optax.sgd(0.0), episodes=4, minibatches=1)  # fmt: skip
+    assert train(trainer, key, 1)[1]["clipped"] == 0
+
+
+def test_padding_leaves_a_batch_alone(key):
+    """Few rows left of a pool shorter than the shortlist, padded to be longer: greedy coverage in both."""
+    policy = policies.learned(models.RowNetwork(prior=policies.prior(coverage=1.0)), k=2, shortlist=40, anchors=100)
+    params = policy.init(key)
+    view = make_view(0, 50, labelled=(1, 2), queried=(0, *range(3, 17)), padding=25)
+    short = jax.tree.map(lambda leaf: leaf, view)._replace(
+        **{name: getattr(view, name)[:25] for name in ("x", "row", "weight", "queried", "cost")},
+        prediction=jax.tree.map(lambda leaf: leaf[:, :25], view.prediction),
+    )
+    act = jax.jit(lambda view: policy.act(params, policy.begin(params, key, view), key, view)[0])
+    assert act(view).index.tolist() == act(short).index.tolist()
 
 
 # A toy whose optimal query is known. Rows are (good, confidence): the learner's parameter is the number of good rows

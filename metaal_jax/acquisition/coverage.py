@@ -251,7 +251,7 @@ def squared_width(rows: Array, found: Array) -> Array:
     """The median over `rows` of the 10 % quantile of their squared distances to each other."""
     number = found.sum()
     distance = jnp.where(found & ~jnp.eye(rows.shape[0], dtype=bool), squared_distances(rows, rows), jnp.inf)
-    smallest = -lax.top_k(-distance, max(rows.shape[0] // 10, 1))[0]
+    smallest = -lax.top_k(-distance, max(rows.shape[0] - 2, 0) // 10 + 1)[0]
     tenth = jnp.arange(smallest.shape[1]) <= jnp.maximum(number - 2, 0) // 10
     quantile = jnp.where(tenth, smallest, -jnp.inf).max(-1)
     middle = jnp.sort(jnp.where(found, quantile, jnp.inf))[jnp.maximum(number - 1, 0) // 2]

@@ -89,7 +89,7 @@ class Memory(NamedTuple):
     """What is carried from round to round.
 
     Attributes:
-      predicted: int32 `[n]`, the class predicted a round ago; -1 before the first round.
+      predicted: int32 `[n]`, the class predicted a round ago; -1 before the first round, or where classes tied.
       entropy: float32 `[n]`, divided by log c.
       labels: int32 `[]`, their number at that time.
       surprise: float32 `[]`, running share of labelled rows that had been predicted wrong.
@@ -107,7 +107,8 @@ class Observation(NamedTuple):
     Attributes:
       position: int32 `[m]`, places in the pool.
       available: bool `[m]`.
-      reference: bool `[m]`, rows that stand for all that may be asked for when means are taken anew, see `picked`.
+      reference: float32 `[m]`, how many of the rows that may be asked for each candidate stands for when means are
+        taken anew, see `picked`.
       rows: float32 `[m, len(ROWS)]`.
       mean, scale: float32 `[len(ROWS)]`, mean and standard deviation over all rows that may be asked for.
       situation: float32 `[len(SITUATION)]`.
@@ -151,7 +152,8 @@ def pool_geometry(key: Array, view: PoolView, *, anchors: int = 1000) -> Geometr
     width = squared_width(embedding[anchor], found)
     kernel = jnp.exp(-squared_distances(embedding, embedding[anchor]) / width) * found
     itself = jnp.arange(embedding.shape[0])[:, None] == anchor
-    nearest = lax.top_k(jnp.where(itself, 0.0, kernel), min(NEIGHBOURS, anchor.shape[0]))[0].mean(-1)
+    others = jnp.clip(found.sum() - (itself & found).any(-1), 1, NEIGHBOURS)
+    nearest = lax.top_k(jnp.where(itself, 0.0, kernel), min(NEIGHBOURS, anchor.shape[0]))[0].sum(-1) / others
     weight = found / jnp.maximum(found.sum(), 1)
     return Geometry(
         embedding=embedding, kernel=kernel, anchor=anchor, weight=weight.astype(jnp.float32), width=width,
@@ -174,7 +176,7 @@ def remember(memory: Memory, view: PoolView) -> Memory:
     """The memory after this round."""
     log_probs = consensus(view.prediction.logits)
     return Memory(
-        predicted=log_probs.argmax(-1).astype(jnp.int32),
+        predicted=_predicted(log_probs),
         entropy=entropy_of(log_probs) / _log_classes(log_probs),
         labels=(view.labelled.weight > 0).sum(dtype=jnp.int32),
         surprise=_surprise(memory, view),
@@ -205,8 +207,8 @@ def observe(
     disagreement = jnp.maximum(entropy - each, 0.0) if view.prediction.logits.shape[0] > 1 else jnp.zeros(n)
     change = head_gradient_length(jax.random.key(0), view)
     change = change / jnp.maximum(weighted_mean(change, real), 1e-9)
-    predicted, known = probs.argmax(-1), memory.predicted >= 0
-    flip = (known & (predicted != memory.predicted)).astype(jnp.float32)
+    predicted, known = _predicted(log_probs), memory.predicted >= 0
+    flip = (known & (predicted >= 0) & (predicted != memory.predicted)).astype(jnp.float32)
     rise = jnp.where(known, entropy - memory.entropy, 0.0)
 
     labelled = view.labelled_index >= 0
@@ -215,7 +217,7 @@ def observe(
     near = jnp.exp(-squared_distances(geometry.embedding, geometry.embedding[place]) / geometry.width) * labelled
     nearness = near.max(-1, initial=0.0)
     covered = jnp.where(labelled, geometry.kernel[place].T, 0.0).max(-1, initial=0.0)
-    interest = 1.0 - margin[geometry.anchor]
+    interest = jnp.where(geometry.weight > 0, 1.0 - margin[geometry.anchor], 0.0)
     gain = jnp.maximum(geometry.kernel - covered, 0.0)
     density = geometry.kernel @ geometry.weight
     around = geometry.kernel @ (geometry.weight * interest) / jnp.maximum(density, 1e-9)
@@ -234,6 +236,8 @@ def observe(
     available = view.available
     weight = available.astype(jnp.float32)
     total = jnp.maximum(weight.sum(), 1.0)
+    # What a learner says of padding rows may be anything, NaN as well.
+    rows = jnp.where((view.weight > 0)[:, None], rows, 0.0)
     mean = weight @ rows / total
     scale = jnp.sqrt(weight @ (rows - mean) ** 2 / total)
 
@@ -241,9 +245,9 @@ def observe(
     balance = -jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), 0.0).sum() / log_c
     average = lambda values: weighted_mean(values, real)  # noqa: E731
     situation = jnp.stack(
-        [view.spent / view.budget, jnp.log1p(count.sum() / c) / 3.0, (count > 0).mean(), balance, average(entropy),
-         average(margin), average(disagreement), covered @ geometry.weight, average(flip), _surprise(memory, view),
-         jnp.float32(jnp.log(c) / 5.0), jnp.float32(jnp.log(k) / 5.0)]
+        [view.spent / jnp.maximum(view.budget, 1e-9), jnp.log1p(count.sum() / c) / 3.0, (count > 0).mean(), balance,
+         average(entropy), average(margin), average(disagreement), covered @ geometry.weight, average(flip),
+         _surprise(memory, view), jnp.float32(jnp.log(c) / 5.0), jnp.float32(jnp.log(k) / 5.0)]
     )  # fmt: skip
     if position is None:
         position = jnp.arange(n, dtype=jnp.int32)
@@ -251,7 +255,7 @@ def observe(
     else:
         mine = lambda leaf: leaf[position]  # noqa: E731
     return Observation(
-        position=position, available=mine(available), reference=mine(available), rows=mine(rows), mean=mean,
+        position=position, available=mine(available), reference=mine(weight), rows=mine(rows), mean=mean,
         scale=scale, situation=situation, kernel=mine(geometry.kernel), covered=covered, interest=interest,
         weight=geometry.weight, embedding=mine(geometry.embedding), width=geometry.width,
     )  # fmt: skip
@@ -273,7 +277,7 @@ def picked(observation: Observation, place: Array) -> Observation:
     """The observation after candidate `place` was chosen for the same batch: it is gone, and covers what lies around.
 
     Nearness and the coverages are those with the row among the labelled, and so are their means and standard
-    deviations, over the reference rows; all else waits for the label.
+    deviations, by the reference weights; all else waits for the label.
     """
     covered = jnp.maximum(observation.covered, observation.kernel[place])
     gain = jnp.maximum(observation.kernel - covered, 0.0)
@@ -281,8 +285,8 @@ def picked(observation: Observation, place: Array) -> Observation:
     nearness = jnp.maximum(observation.rows[:, NEARNESS], jnp.exp(-distance / observation.width))
     new = (nearness, gain @ observation.weight, gain @ (observation.weight * observation.interest))
     available = observation.available.at[place].set(False)
-    reference = observation.reference.at[place].set(False)
-    weight = reference.astype(jnp.float32) / jnp.maximum(reference.sum(), 1)
+    reference = observation.reference.at[place].set(0.0)
+    weight = reference / jnp.maximum(reference.sum(), 1.0)
     rows, mean, scale = observation.rows, observation.mean, observation.scale
     for column, values in zip((NEARNESS, COVERAGE, UNCERTAIN_COVER), new, strict=True):
         middle = weight @ values
@@ -292,6 +296,12 @@ def picked(observation: Observation, place: Array) -> Observation:
     return observation._replace(
         rows=rows, mean=mean, scale=scale, covered=covered, available=available, reference=reference
     )
+
+
+def _predicted(log_probs: Array) -> Array:
+    """The most probable class, int32 `[n]`; -1 where several are, so that none of them counts by its number."""
+    ties = (log_probs == log_probs.max(-1, keepdims=True)).sum(-1) > 1
+    return jnp.where(ties, -1, log_probs.argmax(-1)).astype(jnp.int32)
 
 
 def _log_classes(log_probs: Array) -> Array:

@@ -76,12 +76,14 @@ def learned(
       sample: draw the batch, for training by reinforcement; else take the best rows, ties broken by the key.
       candidates: look at that many random rows a round only; None for all. Means of features are the whole pool's.
       anchors: rows that stand for the pool, see `features.pool_geometry`.
-      shortlist: a batch of several rows is chosen among that many: a quarter have the best first scores, the others are
-        random. A round of many picks on a large pool then costs little more than one.
+      shortlist: without `sample`, a batch of several rows is chosen among that many: a quarter have the best first
+        scores, the others are random. A round of many picks on a large pool then costs little more than one. Where the
+        batch is drawn, `candidates` bound the cost.
 
     Returns:
-      A `Policy` that can be trained: `observe` gives an `Observation`. Its decision's scores are those before the
-      first pick, -inf for rows not looked at; `log_prob` is 0 without `sample`.
+      A `Policy` that can be trained: `observe` gives an `Observation`. With `sample` it has `evaluate`; a batch that
+      cannot be drawn has log-probability -inf there. Its decision's scores are those before the first pick, -inf for
+      rows not looked at; `log_prob` is 0 without `sample`.
 
     Raises:
       ValueError: for numbers below 1, or a shortlist or candidates fewer than `k`.
@@ -119,13 +121,14 @@ def learned(
         observation = observe(policy_state, key, view)
         scores, _ = score(policy_params, observation)
         short, first = observation, scores
-        if k > 1 and shortlist < scores.shape[0]:
+        if k > 1 and not sample and shortlist < scores.shape[0]:
             short, first = shortened(jax.random.fold_in(key, 1), observation, scores, view.row, shortlist)
         pick_key = jax.random.fold_in(key, 2)
         row = view.row[short.position]
 
         def choose(number: Array, scores: Array, available: Array) -> Array:
             own = jax.random.fold_in(pick_key, number)
+            scores = jnp.nan_to_num(scores, nan=-jnp.inf)
             if sample:
                 noise = jax.vmap(lambda r: jax.random.gumbel(jax.random.fold_in(own, r)))(row)
                 return jnp.where(available, scores + noise, -jnp.inf).argmax()
@@ -142,16 +145,17 @@ def learned(
         return decision, policy_state._replace(memory=features.remember(policy_state.memory, view))
 
     def evaluate(policy_params: PyTree, observation: Observation, index: Array) -> tuple[Array, Array, Array]:
-        # By place in the list of candidates; a row that is not there was not available.
-        found = observation.position == index[:, None]
+        found = (observation.position == index[:, None]) & observation.available
 
         def choose(number: Array, scores: Array, available: Array) -> Array:
-            return jnp.where(found[number].any() & available.any(), found[number].argmax(), 0)
+            return found[number].argmax()
 
         _, _, log_prob, entropy = in_sequence(score, policy_params, observation, k, choose)
-        return log_prob, entropy, score(policy_params, observation)[1]
+        # Beyond the last row that was available, entries of a batch mean nothing.
+        drawable = (found.any(-1) | (jnp.arange(k) >= observation.available.sum())).all()
+        return jnp.where(drawable, log_prob, -jnp.inf), entropy, score(policy_params, observation)[1]
 
-    return Policy(init=init, begin=begin, act=act, observe=observe, evaluate=evaluate)
+    return Policy(init=init, begin=begin, act=act, observe=observe, evaluate=evaluate if sample else None)
 
 
 def shortened(key: Array, observation: Observation, scores: Array, row: Array, count: int) -> tuple[Observation, Array]:
@@ -167,7 +171,9 @@ def shortened(key: Array, observation: Observation, scores: Array, row: Array, c
     place = jnp.concatenate([best, drawn])
     fields = ("position", "available", "rows", "kernel", "embedding")
     short = observation._replace(**{name: getattr(observation, name)[place] for name in fields})
-    reference = jnp.concatenate([jnp.zeros(best.shape, bool), found])
+    # Each of the best stands for itself, the drawn ones for all others.
+    others = rest.sum() / jnp.maximum(found.sum(), 1)
+    reference = jnp.concatenate([observation.available[best].astype(jnp.float32), found * others])
     # A row that was not found again is one of the others, or of the best, once more.
     available = jnp.concatenate([short.available[: best.shape[0]], found])
     return short._replace(available=available, reference=reference), scores[place]

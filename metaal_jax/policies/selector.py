@@ -23,7 +23,7 @@ class SelectorState(NamedTuple):
       own: geometry and memory, as of a learned policy.
       used: float32 `[r]`, rounds in which each rule was followed.
       gain: float32 `[r]`, running share of its rows that had been predicted wrong.
-      last: int32 `[]`, the rule of the last round, -1 before the first.
+      last: float32 `[r]`, who proposed the batch of the last round: equal shares that add up to 1, or zeros before it.
     """
 
     rules: PyTree
@@ -92,13 +92,13 @@ def selector(
             own=own,
             used=jnp.zeros(number),
             gain=jnp.full(number, own.memory.surprise),
-            last=jnp.int32(-1),
+            last=jnp.zeros(number),
         )
 
     def updated(state: SelectorState, view: PoolView) -> Array:
         """The rules' running gains with what the last round's labels showed."""
         wrong, new = features.wrong_share(state.own.memory, view)
-        followed = jnp.arange(number) == state.last
+        followed = state.last > 0
         newer = features.REMEMBERED * state.gain + (1.0 - features.REMEMBERED) * wrong
         return jnp.where(followed & new, newer, state.gain)
 
@@ -128,9 +128,14 @@ def selector(
         output: Any = network.apply(policy_params, seen.rows, seen.situation, everyone)
         return jax.nn.log_softmax(output[0]), output[1]
 
+    def proposers(seen: Proposals, index: Array) -> Array:
+        """Which rules propose these rows, in whatever order; entries that are not valid mean nothing."""
+        valid = seen.valid[(seen.index == index).all(-1).argmax()]
+        wanted = jnp.sort(jnp.where(valid, index, -1))
+        return (jnp.sort(jnp.where(seen.valid, seen.index, -1), axis=-1) == wanted).all(-1)
+
     def of_batch(log_probs: Array, seen: Proposals, index: Array) -> Array:
-        same = (jnp.sort(seen.index, axis=-1) == jnp.sort(index)).all(-1)
-        return jax.nn.logsumexp(jnp.where(same, log_probs, -1e9))
+        return jax.nn.logsumexp(jnp.where(proposers(seen, index), log_probs, -jnp.inf))
 
     def act(
         policy_params: PyTree, policy_state: SelectorState, key: Array, view: PoolView
@@ -138,20 +143,24 @@ def selector(
         seen, states = propose(policy_state, key, view)
         log_probs, _ = distribution(policy_params, seen)
         choose_key = jax.random.fold_in(key, 1)
-        chosen = (jax.random.categorical(choose_key, log_probs) if sample else log_probs.argmax()).astype(jnp.int32)
+        if not sample:
+            log_probs = jnp.where(log_probs == log_probs.max(), 0.0, -jnp.inf)  # ties are broken by the key
+        chosen = jax.random.categorical(choose_key, log_probs).astype(jnp.int32)
         index, valid = seen.index[chosen], seen.valid[chosen]
         decision = Decision(
             index=index,
             valid=valid,
             log_prob=of_batch(log_probs, seen, index) if sample else jnp.zeros(()),
-            scores=jnp.zeros(view.row.shape).at[index].set(1.0),
+            scores=jnp.zeros(view.row.shape).at[index].max(valid.astype(jnp.float32)),
         )
+        # Rules that proposed the same batch share its credit: what comes next depends on the batch alone.
+        same = proposers(seen, index).astype(jnp.float32)
         state = SelectorState(
             rules=states,
             own=policy_state.own._replace(memory=features.remember(policy_state.own.memory, view)),
-            used=policy_state.used.at[chosen].add(1.0),
+            used=policy_state.used + same / same.sum(),
             gain=updated(policy_state, view),
-            last=chosen,
+            last=same / same.sum(),
         )
         return decision, state
 
@@ -159,4 +168,4 @@ def selector(
         log_probs, value = distribution(policy_params, seen)
         return of_batch(log_probs, seen, index), -(jnp.exp(log_probs) * log_probs).sum(), value
 
-    return Policy(init=init, begin=begin, act=act, observe=observe, evaluate=evaluate)
+    return Policy(init=init, begin=begin, act=act, observe=observe, evaluate=evaluate if sample else None)

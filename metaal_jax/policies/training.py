@@ -151,7 +151,8 @@ def episode(
     Args:
       learner: the base learner.
       policy: a policy with `observe`; it asks for `k` rows a round.
-      budget: labels bought, beside the problem's initial set; a multiple of `k`.
+      budget: labels bought, beside the problem's initial set; a multiple of `k`. All labels cost 1, whatever the
+        problem says, and every question is answered.
       k: rows a round.
       annotate, revise: see `recorded`.
     """
@@ -159,7 +160,13 @@ def episode(
 
     def run(key: Array, policy_params: PyTree, meta: PyTree, problem: Problem) -> Trajectory:
         init_key, loop_key = jax.random.split(key)
-        active = active_learner(learner, recorded(policy, annotate, revise), capacity=budget + problem.initial.shape[0])
+        problem = problem._replace(cost=jnp.ones_like(problem.cost))
+        active = active_learner(
+            learner,
+            recorded(policy, annotate, revise),
+            capacity=budget + problem.initial.shape[0],
+            budget=budget + (problem.initial >= 0).sum(),
+        )
         state = active.init(init_key, meta, policy_params, problem)
         cold = evaluate(learner, state.params, problem.test).accuracy
 
@@ -171,6 +178,10 @@ def episode(
 
         _, out = lax.scan(body, state, jnp.arange(budget // k))
         observation, index, bought, log_prob, accuracy, notes = out
+        if index.shape[1] != k:
+            raise ValueError(
+                f"this policy asks for {index.shape[1]} rows a round, the trainer for k={k}; give both one k"
+            )
         return Trajectory(observation, index, bought, log_prob, accuracy, cold, notes)
 
     return run
@@ -180,8 +191,8 @@ def rewards(trajectory: Trajectory, *, reward: Reward, target: float | Array = 0
     """The reward of each round, float32 `[rounds]`; their sum is the return.
 
     `"area"`: the accuracy after the round divided by the number of rounds, so that the return is the area under the
-    learning curve. `"labels"`: minus the share of the budget spent in the round, until the accuracy reaches `target`
-    for the first time; the return is minus the share of the budget that the target took.
+    learning curve. `"labels"`: minus 1 / rounds until the accuracy reaches `target` for the first time; the return is
+    minus the share of the rounds that the target took.
     """
     rounds = trajectory.accuracy.shape[0]
     if reward == "area":
@@ -192,9 +203,9 @@ def rewards(trajectory: Trajectory, *, reward: Reward, target: float | Array = 0
 
 
 def _check_policy(policy: Policy, budget: int, k: int) -> None:
-    if policy.observe is None or policy.evaluate is None:
-        raise ValueError("this policy cannot be trained: it has no observe and evaluate; take policies.learned, "
-                         "policies.selector or one of your own with both")  # fmt: skip
+    if policy.observe is None:
+        raise ValueError("this policy cannot be trained: it has no observe; take policies.learned, policies.selector "
+                         "or one of your own")  # fmt: skip
     require(budget >= 1 and k >= 1 and budget % k == 0, f"a budget of {budget} must be a positive multiple of k={k}")
 
 
@@ -203,7 +214,10 @@ def _check_counts(name: str, **counts: int) -> None:
         require(value >= 1, f"{name}: {what} must be at least 1, got {value}")
 
 
-def _check_reward(name: str, reward: str) -> None:
+def _check_sampling(name: str, policy: Policy, reward: str) -> None:
+    """What the policy gradients ask for beyond `_check_policy`."""
+    if policy.observe is not None and policy.evaluate is None:
+        raise ValueError(f"{name}: this policy has no evaluate; it must draw its batches, give it sample=True")
     if reward not in get_args(Reward):
         raise ValueError(f"{name}: reward must be one of {get_args(Reward)}, got {reward!r}")
 
@@ -278,7 +292,7 @@ def reinforce(
       rollouts: episodes of each, at least 2.
       reward: see `rewards`.
       target: see `rewards`.
-      entropy: factor of the policy's entropy in the objective.
+      entropy: factor of the policy's entropy, summed over the rounds, in the objective.
       chunk: problems side by side; None for all.
 
     Returns:
@@ -292,8 +306,8 @@ def reinforce(
     """
     _check_counts("reinforce", problems=problems)
     require(rollouts >= 2, f"reinforce: the baseline needs at least 2 rollouts, got {rollouts}")
-    _check_reward("reinforce", reward)
     play = episode(learner, policy, budget=budget, k=k)
+    _check_sampling("reinforce", policy, reward)
 
     def learn(key: Array, state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
         def one(key: Array) -> tuple[PyTree, Metrics]:
@@ -308,7 +322,7 @@ def reinforce(
             def loss(params: PyTree) -> tuple[Array, Array]:
                 judge = jax.vmap(jax.vmap(lambda o, i: policy.evaluate(params, o, i)[:2]))
                 log_prob, spread = judge(runs.observation, runs.index)
-                objective = (log_prob * advantage).sum(1).mean() + entropy * spread.mean()
+                objective = (log_prob * advantage).sum(1).mean() + entropy * spread.sum(1).mean()
                 return -objective, spread.mean()
 
             grads, spread = jax.grad(loss, has_aux=True)(state.params)
@@ -394,8 +408,8 @@ def ppo(
     Reference: Schulman et al.: Proximal Policy Optimization Algorithms, 2017.
     """
     _check_counts("ppo", episodes=episodes, epochs=epochs, minibatches=minibatches)
-    _check_reward("ppo", reward)
     play = episode(learner, policy, budget=budget, k=k)
+    _check_sampling("ppo", policy, reward)
     total = episodes * (budget // k)
     require(total % minibatches == 0, f"ppo: {minibatches} minibatches do not divide {total} rounds")
 
@@ -528,6 +542,7 @@ def supervised(
     if target not in get_args(Target):
         raise ValueError(f"supervised: target must be one of {get_args(Target)}, got {target!r}")
     require(temperature > 0, f"supervised: temperature must be > 0, got {temperature}")
+    _check_policy(policy, budget, k)
     rounds = episodes * (budget // k)
     require(capacity >= rounds, f"supervised: a capacity of {capacity} does not hold the {rounds} rounds of a step")
     value_of = value_of_label(learner if refit is None else refit)
@@ -735,8 +750,11 @@ def pathwise(
 
         soft = jax.vmap(choice)(runs.observation, runs.notes)
         given = jnp.zeros(n).at[jnp.where(problem.initial >= 0, problem.initial, n)].set(1.0, mode="drop")
-        chosen = hard + soft - lax.stop_gradient(soft) if straight_through else soft
-        weights = given + jnp.cumsum(chosen, axis=0)
+        if straight_through:
+            weights = given + jnp.cumsum(hard + soft - lax.stop_gradient(soft), axis=0)
+        else:
+            # A row is labelled unless no round chose it.
+            weights = jnp.maximum(given, 1.0 - jnp.cumprod(1.0 - jnp.minimum(soft, 1.0), axis=0))
 
         @jax.checkpoint
         def judged(weight: Array) -> Array:
@@ -754,11 +772,14 @@ def pathwise(
             problem_key, play_key, adapt_key = jax.random.split(key, 3)
             problem = sampler(problem_key, data)
             runs = lax.stop_gradient(play(play_key, (state.params, ()), state.meta, problem))
-            trained = (state.params, state.meta)
-            loss, grads = jax.value_and_grad(lambda trained: episode_loss(adapt_key, trained, runs, problem, heat))(
-                trained
-            )
-            return grads if joint else grads[0], {"loss": loss, "area": runs.accuracy.mean()}
+            trained = (state.params, state.meta) if joint else state.params
+
+            def loss_of(trained: PyTree) -> Array:
+                both = trained if joint else (trained, state.meta)
+                return episode_loss(adapt_key, both, runs, problem, heat)
+
+            loss, grads = jax.value_and_grad(loss_of)(trained)
+            return grads, {"loss": loss, "area": runs.accuracy.mean()}
 
         keys = jax.random.split(key, problems)
         grads, metrics = jax.tree.map(lambda leaf: leaf.mean(0), _one_by_one(one, keys, chunk))
