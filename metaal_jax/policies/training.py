@@ -250,9 +250,15 @@ def _trainer(
     return PolicyTrainer(init=init, step=step, run=run)
 
 
-def _apply(optimizer: optax.GradientTransformation, grads: PyTree, state: TrainState) -> TrainState:
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return state._replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+def _apply(
+    optimizer: optax.GradientTransformation, grads: PyTree, state: TrainState, *, joint: bool = False
+) -> TrainState:
+    """The state after a step along the gradients: of the policy's parameters or, with `joint`, of both parameters."""
+    trained = (state.params, state.meta) if joint else state.params
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    params, meta = trained if joint else (trained, state.meta)
+    return state._replace(params=params, meta=meta, opt_state=opt_state)
 
 
 def _one_by_one(f: Callable, arrays: PyTree, at_once: int | None) -> PyTree:
@@ -784,11 +790,6 @@ def pathwise(
         keys = jax.random.split(key, problems)
         grads, metrics = jax.tree.map(lambda leaf: leaf.mean(0), _one_by_one(one, keys, chunk))
         metrics["grad_norm"] = optax.tree.norm(grads)
-        if not joint:
-            return _apply(optimizer, grads, state), metrics
-        trained = (state.params, state.meta)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-        params, meta = optax.apply_updates(trained, updates)
-        return state._replace(params=params, meta=meta, opt_state=opt_state), metrics
+        return _apply(optimizer, grads, state, joint=joint), metrics
 
     return _trainer(policy, optimizer, learn, joint=joint)
