@@ -179,6 +179,8 @@ class Policy(NamedTuple):
         that whole runs can be kept. None for a policy that cannot be trained.
       evaluate: `(policy_params, observation, index) -> (log_prob, entropy, value)`: the log-probability of the batch
         `index` `[k]` where the policy is sampled, the entropy of its draws and the expected return. None likewise.
+      score: `(policy_params, observation) -> (scores [m], value)`, of the observation's candidates, where a policy
+        chooses by scores. None likewise.
     """
 
     init: Any
@@ -186,6 +188,7 @@ class Policy(NamedTuple):
     act: Any
     observe: Any = None
     evaluate: Any = None
+    score: Any = None
 
 
 class ActiveLearner(NamedTuple):

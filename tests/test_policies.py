@@ -10,14 +10,18 @@ import optax
 import pytest
 
 from metaal_jax import acquisition, check_policy, models, policies
-from metaal_jax.base import Batch, Learner, Prediction, Problem
+from metaal_jax.base import Batch, Decision, Learner, Policy, Prediction, Problem
 from metaal_jax.loop import active_learner
-from metaal_jax.policies import features, training
+from metaal_jax.policies import episodes, features, policy_gradient
 from metaal_jax.rows import squared_distances
 from views import make_view, probabilities, reorder
 
 FEATURES = len(features.ROWS)
-NETWORKS = {"row": models.RowNetwork(width=8), "set": models.SetNetwork(width=8, points=3)}
+NETWORKS = {
+    "linear": models.LinearNetwork(situation=(0, 5)),
+    "row": models.RowNetwork(width=8),
+    "set": models.SetNetwork(width=8, points=3),
+}
 
 
 def bent(params, key, size=0.5):
@@ -245,9 +249,14 @@ def test_bad_arguments_are_refused():
         policies.reinforce(TOY, policies.learned(network, k=1, sample=True), toy_problem, rollouts=1, **options)
     with pytest.raises(ValueError, match="reward must be one of"):
         policies.ppo(TOY, policies.learned(network, k=1, sample=True), toy_problem, reward="gold", **options)
+    with pytest.raises(ValueError, match="has no score"):
+        policies.pathwise(TOY, policies.selector([fixed], network, k=1), toy_problem, **options)
+    with pytest.raises(ValueError, match="no parameters to train"):
+        train(policies.evolution(TOY, fixed, toy_problem, **options), jax.random.key(0), 1)
+    with pytest.raises(ValueError, match="deviation must be > 0"):
+        policies.evolution(TOY, fixed, toy_problem, deviation=0.0, **options)
     with pytest.raises(ValueError, match="capacity of 2 does not hold the 16 rounds"):
-        policies.supervised(TOY, policies.learned(network, k=1), toy_problem, score=policies.scores_of(network),
-                            capacity=2, **options)  # fmt: skip
+        policies.supervised(TOY, policies.learned(network, k=1), toy_problem, capacity=2, **options)
 
 
 def test_a_trainer_wants_a_policy_that_draws_as_many_rows(key):
@@ -340,22 +349,26 @@ def train(trainer, key, steps):
     return jax.jit(functools.partial(trainer.run, steps=steps))(key, state, ())
 
 
-@pytest.mark.parametrize("name", ["reinforce", "ppo", "pathwise", "imitation", "regression", "classification"])
+@pytest.mark.parametrize(
+    "name", ["reinforce", "ppo", "evolution", "pathwise", "imitation", "regression", "classification"]
+)
 def test_every_way_of_training_solves_the_toy(name, key):
     """A random policy's area is about 0.66 and the best possible 0.875; all ways come to the best from a flat start."""
     network = NETWORKS["row"]
     policy = policies.learned(network, k=1, sample=True)
     options = {"optimizer": optax.adam(0.03), "budget": 4}
-    score = policies.scores_of(network)
     if name == "reinforce":
         trainer = policies.reinforce(TOY, policy, toy_problem, problems=4, rollouts=8, **options)
     elif name == "ppo":
         trainer = policies.ppo(TOY, policy, toy_problem, episodes=16, minibatches=2, **options)
+    elif name == "evolution":
+        network = NETWORKS["linear"]
+        trainer = policies.evolution(TOY, policies.learned(network, k=1), toy_problem, deviation=0.3, **options)
     elif name == "pathwise":
-        trainer = policies.pathwise(TOY, policy, toy_problem, score=score, problems=8, **options)
+        trainer = policies.pathwise(TOY, policy, toy_problem, problems=8, **options)
     else:
         trainer = policies.supervised(
-            TOY, policy, toy_problem, score=score, target=name, updates=8, batch=16, capacity=100, expert_steps=2,
+            TOY, policy, toy_problem, target=name, updates=8, batch=16, capacity=100, expert_steps=2,
             **options,
         )  # fmt: skip
     state, metrics = train(trainer, key, 40)
@@ -387,7 +400,7 @@ def test_the_policy_gradient_is_that_of_the_expected_return(key):
     sampler = lambda key, data: problem  # noqa: E731
     start = bent(policy.init(key), key, 0.3)
     flat, back = jax.flatten_util.ravel_pytree(start)
-    active = active_learner(TOY, training.recorded(policy), capacity=2)
+    active = active_learner(TOY, episodes.recorded(policy), capacity=2)
     meta = jnp.zeros(())
 
     def probability_and_return(params, order):
@@ -413,7 +426,7 @@ def test_the_policy_gradient_is_that_of_the_expected_return(key):
     np.testing.assert_allclose(total, 1.0, rtol=1e-4)
     directions = jax.random.normal(jax.random.key(5), (4, flat.size)) / np.sqrt(flat.size)
     wanted = [float(expected(flat + 0.05 * d)[0] - expected(flat - 0.05 * d)[0]) / 0.1 for d in directions]
-    trainer = policies.reinforce(TOY, policy, sampler, optimizer=optax.sgd(1.0), budget=2, problems=1, rollouts=64)
+    trainer = policies.reinforce(TOY, policy, sampler, optimizer=optax.sgd(1.0), budget=2, problems=1, rollouts=2)
 
     @jax.jit
     @jax.vmap
@@ -422,25 +435,44 @@ def test_the_policy_gradient_is_that_of_the_expected_return(key):
         after, _ = trainer.step(key, state, ())
         return jax.flatten_util.ravel_pytree(after.params)[0] - flat
 
-    found = np.asarray(gradient(jax.random.split(key, 200)) @ directions.T)
-    error = found.std(0) / np.sqrt(200)
+    found = np.asarray(gradient(jax.random.split(key, 4000)) @ directions.T)
+    error = found.std(0) / np.sqrt(4000)
     assert (np.abs(found.mean(0) - wanted) < 4 * error + 2e-3).all(), (found.mean(0), wanted, error)
     assert np.abs(wanted).max() > 10 * error.max()
 
 
+def test_evolution_follows_the_gradient_of_the_smoothed_return(key):
+    """A policy asks for the good row if its parameter is positive, so the return under noise is a normal one's."""
+
+    def act(params, state, key, view):
+        good = view.x[:, 0] > 0.5
+        index = jnp.where(params > 0, good.argmax(), (~good).argmax())[None].astype(jnp.int32)
+        return Decision(index=index, valid=jnp.ones(1, bool), log_prob=jnp.zeros(()), scores=jnp.zeros(2)), state
+
+    policy = Policy(init=lambda key: jnp.float32(0.2), begin=lambda params, key, view: (), act=act)
+    trainer = policies.evolution(
+        TOY, policy, functools.partial(toy_problem, n=2), optimizer=optax.sgd(1.0), budget=1, problems=1, pairs=1,
+        deviation=0.5,
+    )  # fmt: skip
+    run = lambda key: trainer.run(key, trainer.init(key, jnp.zeros(()), ()), (), steps=1)[0].params - 0.2  # noqa: E731
+    found = np.asarray(jax.jit(jax.vmap(run))(jax.random.split(key, 4000)))
+    density = np.exp(-0.5 * (0.2 / 0.5) ** 2) / np.sqrt(2 * np.pi) / 0.5
+    np.testing.assert_allclose(found.mean(), 0.5 * density, atol=4 * found.std() / np.sqrt(4000))
+
+
 def test_advantages_against_their_definition():
     reward, value = np.array([0.1, 0.5, -0.2]), np.array([0.3, 0.2, 0.6])
-    found = training.advantages(jnp.asarray(reward), jnp.asarray(value), discount=0.9, trace=0.8)
+    found = policy_gradient.advantages(jnp.asarray(reward), jnp.asarray(value), discount=0.9, trace=0.8)
     delta = reward + 0.9 * np.append(value[1:], 0) - value
     wanted = [sum((0.9 * 0.8) ** i * delta[t + i] for i in range(3 - t)) for t in range(3)]
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 def test_rewards_add_up_to_area_and_to_labels():
-    run = training.Trajectory((), (), (), (), jnp.asarray([0.2, 0.6, 0.5, 0.9]), jnp.float32(0.1), ())
-    np.testing.assert_allclose(training.rewards(run, reward="area").sum(), 0.55, rtol=1e-6)
-    np.testing.assert_allclose(training.rewards(run, reward="labels", target=0.6), [-0.25, -0.25, 0, 0])
-    np.testing.assert_allclose(training.rewards(run, reward="labels", target=0.1), [0, 0, 0, 0])
+    run = episodes.Trajectory((), (), (), (), jnp.asarray([0.2, 0.6, 0.5, 0.9]), jnp.float32(0.1), ())
+    np.testing.assert_allclose(episodes.rewards(run, reward="area").sum(), 0.55, rtol=1e-6)
+    np.testing.assert_allclose(episodes.rewards(run, reward="labels", target=0.6), [-0.25, -0.25, 0, 0])
+    np.testing.assert_allclose(episodes.rewards(run, reward="labels", target=0.1), [0, 0, 0, 0])
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -451,7 +483,7 @@ def test_relaxed_choice_tends_to_the_hard_one(k, key):
     params = bent(policy.init(key), key)
     seen = policy.observe(policy.begin(params, key, view), key, view)
     noise = jax.random.gumbel(key, (k, 20))
-    relax = jax.jit(functools.partial(training.relaxed_batch, policies.scores_of(network)))
+    relax = jax.jit(functools.partial(policies.relaxed_batch, policy.score))
     hard = np.zeros(20)
     distance = []
     for temperature in (1.0, 0.3, 0.1, 0.001):
@@ -482,7 +514,7 @@ def test_pathwise_trains_learner_and_policy_together(key):
     """With `joint` the meta-parameter moves as well: starting with more than 0 raises the toy's accuracy."""
     network = NETWORKS["row"]
     policy = policies.learned(network, k=1, sample=True)
-    trainer = policies.pathwise(TOY, policy, toy_problem, score=policies.scores_of(network), joint=True, problems=4,
+    trainer = policies.pathwise(TOY, policy, toy_problem, joint=True, problems=4,
                                 optimizer=optax.adam(0.05), budget=4)  # fmt: skip
     state, metrics = train(trainer, key, 20)
     assert state.meta > 0.3

@@ -314,3 +314,54 @@ WRONG = {  # a call, what it says
 def test_wrong_arguments_are_named(message):
     with pytest.raises(ValueError, match=message):
         WRONG[message]()
+
+
+class TestComposedProblems:
+    # 40 classes of 30 rows, each row its class and its number.
+    x = np.stack([np.repeat(np.arange(40), 30), np.tile(np.arange(30), 40)], -1)
+    data = jax.device_put(tasks.class_data(x, x[:, 0]))
+
+    def draw(self, seed, **options):
+        sampler = tasks.composed_problems(
+            **{"ways": 5, "pool": 60, "test": 40, "validation": 20, "parts": 3, **options}
+        )
+        return jax.jit(sampler)(jax.random.key(seed), self.data)
+
+    def test_rows_are_distinct_and_forms_belong_to_one_class(self):
+        for seed in range(5):
+            problem = self.draw(seed)
+            parts = [(problem.x, problem.y, problem.weight), problem.test, problem.validation]
+            x, y, weight = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(3))
+            x, y = x[weight > 0], y[weight > 0]
+            assert len({tuple(row) for row in x}) == len(x)
+            forms = {int(form): set(y[x[:, 0] == form].tolist()) for form in np.unique(x[:, 0])}
+            assert all(len(classes) == 1 for classes in forms.values())
+            assert 5 <= len(forms) <= 15
+            assert set(y.tolist()) == set(range(5))
+
+    def test_numbers_of_forms_differ_from_problem_to_problem(self):
+        found = [len(np.unique(self.draw(seed, pool=30).x[:, 0])) for seed in range(12)]
+        assert max(found) >= 9
+        assert min(found) <= 6
+
+    def test_imbalance_is_of_the_pool_alone(self):
+        count = lambda batch_y: np.sort(np.bincount(np.asarray(batch_y), minlength=5))  # noqa: E731
+        plain, rare = (sum(count(self.draw(seed, parts=1, imbalance=i).y) for seed in range(20)) for i in (1.0, 50.0))
+        assert plain[-1] / plain[0] < 2.0
+        assert rare[-1] / rare[0] > 1.5 * plain[-1] / plain[0]
+
+    def test_rows_that_do_not_exist_have_no_weight(self):
+        problem = self.draw(0, parts=1, pool=80, test=40, validation=20)
+        weight = np.concatenate([problem.weight, problem.test.weight, problem.validation.weight])
+        assert weight.sum() == 140
+        short = [self.draw(seed, pool=300, test=40, validation=20) for seed in range(3)]
+        assert min(float(problem.weight.sum()) for problem in short) < 300
+        assert all(problem.test.weight.all() for problem in short)
+
+    def test_bad_input(self):
+        with pytest.raises(ValueError, match="need 45 classes, the source has 40"):
+            self.draw(0, ways=15)
+        with pytest.raises(ValueError, match="560 rows wanted, 15 classes have at most 450"):
+            self.draw(0, pool=500)
+        with pytest.raises(ValueError, match="imbalance must be at least"):
+            tasks.composed_problems(ways=2, pool=1, test=1, imbalance=0.5)

@@ -8,7 +8,7 @@ learners treat it apart from the body.
 
 from metaal_jax.models.layers import BatchNorm, Conv, Dropout, max_pool
 from metaal_jax.models.networks import MLP, Conv4, ResNet12, as_float
-from metaal_jax.models.policy import RowNetwork, SetNetwork
+from metaal_jax.models.policy import LinearNetwork, RowNetwork, SetNetwork
 
 __all__ = [
     "MLP",
@@ -16,6 +16,7 @@ __all__ = [
     "Conv",
     "Conv4",
     "Dropout",
+    "LinearNetwork",
     "ResNet12",
     "RowNetwork",
     "SetNetwork",

@@ -40,6 +40,31 @@ class RowNetwork(nn.Module):
         return _scores(hidden, rows, self.prior), _value(situation, self.width)
 
 
+class LinearNetwork(nn.Module):
+    """Scores that are linear in the rows' inputs, with factors that may move with the situation.
+
+    Few parameters, each with a meaning: what `policies.evolution` trains best, and what one can read.
+
+    Attributes:
+      situation: places of the situation's inputs that move the factors; `()` for fixed ones.
+      prior: factors of the rows' inputs with which the scores begin, 0 for those not given.
+    """
+
+    situation: tuple[int, ...] = ()
+    prior: tuple[float, ...] = ()
+
+    @nn.compact
+    def __call__(self, rows: Array, situation: Array, mask: Array) -> tuple[Array, Array]:
+        """Inputs of the rows `[m, f]`, of the situation `[g]`, who counts `[m]` -> scores `[m]`, value `[]`."""
+        del mask
+        start = jnp.zeros(rows.shape[-1]).at[: len(self.prior)].set(jnp.asarray(self.prior, jnp.float32))
+        factors = self.param("factors", lambda _: start)
+        if self.situation:
+            moves = self.param("moves", nn.initializers.zeros, (len(self.situation), rows.shape[-1]))
+            factors = factors + situation[jnp.asarray(self.situation)] @ moves
+        return rows @ factors, nn.Dense(1, name="value")(situation)[..., 0]
+
+
 class SetNetwork(nn.Module):
     """Scores every row in view of all others: attention through a few inducing points, linear in the number of rows.
 

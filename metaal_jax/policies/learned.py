@@ -39,7 +39,7 @@ def prior(**factors: float) -> tuple[float, ...]:
     return (0.0,) * len(features.ROWS) + tuple(float(factors.get(name, 0.0)) for name in features.ROWS)
 
 
-def scores_of(network: nn.Module) -> Score:
+def _scores_of(network: nn.Module) -> Score:
     """`(params, observation) -> (scores [m], value [])`: what a network thinks of the candidates it sees."""
 
     def score(policy_params: PyTree, observation: Observation) -> tuple[Array, Array]:
@@ -81,9 +81,9 @@ def learned(
         batch is drawn, `candidates` bound the cost.
 
     Returns:
-      A `Policy` that can be trained: `observe` gives an `Observation`. With `sample` it has `evaluate`; a batch that
-      cannot be drawn has log-probability -inf there. Its decision's scores are those before the first pick, -inf for
-      rows not looked at; `log_prob` is 0 without `sample`.
+      A `Policy` that can be trained: `observe` gives an `Observation`, `score` the network's answer. With `sample` it
+      has `evaluate`; a batch that cannot be drawn has log-probability -inf there. Its decision's scores are those
+      before the first pick, -inf for rows not looked at; `log_prob` is 0 without `sample`.
 
     Raises:
       ValueError: for numbers below 1, or a shortlist or candidates fewer than `k`.
@@ -96,7 +96,7 @@ def learned(
     require(shortlist >= k, f"learned: a shortlist of {shortlist} rows is too short for batches of {k}")
     require(candidates is None or candidates >= k, f"learned: {candidates} candidates are too few for batches of {k}")
 
-    score = scores_of(network)
+    score = _scores_of(network)
 
     def init(key: Array) -> PyTree:
         rows = jnp.zeros((1, 2 * len(features.ROWS)))
@@ -155,7 +155,7 @@ def learned(
         drawable = (found.any(-1) | (jnp.arange(k) >= observation.available.sum())).all()
         return jnp.where(drawable, log_prob, -jnp.inf), entropy, score(policy_params, observation)[1]
 
-    return Policy(init=init, begin=begin, act=act, observe=observe, evaluate=evaluate if sample else None)
+    return Policy(init=init, begin=begin, act=act, observe=observe, evaluate=evaluate if sample else None, score=score)
 
 
 def shortened(key: Array, observation: Observation, scores: Array, row: Array, count: int) -> tuple[Observation, Array]:

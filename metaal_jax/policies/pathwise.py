@@ -1,0 +1,173 @@
+"""Gradients through the whole thing: a relaxed choice, the learner's adaptation, and the loss that follows."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from metaal_jax.base import Batch, Decision, Learner, Metrics, Policy, PoolView, Problem, PyTree, require, rows_of
+from metaal_jax.losses import consensus, cross_entropy
+from metaal_jax.policies import features
+from metaal_jax.policies.episodes import (
+    PolicyTrainer,
+    Sampler,
+    TrainState,
+    Trajectory,
+    apply_gradients,
+    check_counts,
+    check_scores,
+    episode,
+    make_trainer,
+    one_by_one,
+)
+from metaal_jax.policies.learned import Score
+
+
+def relaxed_batch(
+    score: Score, policy_params: PyTree, observation: PyTree, noise: Array, *, temperature: float | Array
+) -> tuple[Array, Array, Array]:
+    """A batch drawn without replacement, and the same choice made softly.
+
+    Pick `j` is the candidate with the highest score plus noise; its soft form is the softmax of the same sums divided
+    by the temperature, over what is left after the picks before it. Scores are taken anew after each pick, as
+    `policies.learned` does. As the temperature falls the soft choice tends to the hard one.
+
+    Args:
+      score: `(params, observation) -> (scores [m], value)`.
+      policy_params: its parameters; the soft choice is differentiable in them.
+      observation: of the candidates.
+      noise: `[k, m]`; Gumbel noise makes it a draw (Plackett-Luce).
+      temperature: > 0; may be traced.
+
+    Returns:
+      `(place int32 [k], valid bool [k], soft [m])`; the soft choice adds up to the number of valid picks.
+
+    Reference: Maddison, Mnih, Teh: The Concrete Distribution, 2017; Xie, Ermon: Reparameterizable Subset Sampling via
+    Continuous Relaxations, 2019.
+    """
+    k = noise.shape[0]
+
+    def pick(seen: PyTree, own: Array) -> tuple[PyTree, tuple[Array, Array, Array]]:
+        worth = jnp.where(seen.available, score(policy_params, seen)[0] + own, -jnp.inf)
+        place = worth.argmax().astype(jnp.int32)
+        valid = seen.available[place]
+        soft = jax.nn.softmax(jnp.where(seen.available, worth / temperature, -1e9))
+        soft = jnp.where(seen.available & valid, soft, 0.0)
+        return (features.picked(seen, place) if k > 1 else seen), (place, valid, soft)
+
+    _, (place, valid, soft) = lax.scan(pick, observation, noise)
+    return place, valid, soft.sum(0)
+
+
+def pathwise(
+    learner: Learner,
+    policy: Policy,
+    sampler: Sampler,
+    *,
+    optimizer: optax.GradientTransformation,
+    budget: int,
+    k: int = 1,
+    problems: int = 4,
+    temperature: float | Array | Callable[[Array], Array] = 1.0,
+    straight_through: bool = True,
+    joint: bool = False,
+    chunk: int | None = None,
+) -> PolicyTrainer:
+    """Gradients through the whole thing: relaxed choice, the learner's adaptation, and the loss that follows.
+
+    An episode is run with hard choices, drawn by Gumbel noise. Then every choice is made again with the same noise,
+    softly (`relaxed_batch`). The learner adapts, in every round, to the whole pool weighed by all choices so far,
+    and the mean over the rounds of its cross entropy on the judging rows is differentiated: a choice is credited with
+    what it changes in all later rounds, except for what it changes in what later choices see.
+
+    Args:
+      learner: differentiable in the weights of its labelled rows. Optax's Adam is, where `eps_root` is not 0.
+      policy: of `policies.learned`, with or without `candidates`.
+      sampler: `(key, data) -> Problem`. Pools should be small: the learner adapts to all rows in every round.
+      optimizer: for the policy's parameters; with `joint` for the pair of them and the meta-parameters.
+      budget: labels of an episode.
+      k: rows a round.
+      problems: episodes of each step.
+      temperature: of the relaxed choice, > 0, or a schedule `(step) -> temperature`.
+      straight_through: adapt to the hard choices and differentiate the relaxed ones; else adapt to the relaxed ones.
+      joint: train the learner's meta-parameters with the policy's.
+      chunk: problems side by side; None for all.
+
+    Returns:
+      A `PolicyTrainer`; metrics `loss`, `area`, `grad_norm`.
+
+    Raises:
+      ValueError: for a policy without `observe`, a budget that is no multiple of `k`, a temperature that is not
+        positive, or numbers below 1.
+
+    Reference: Bengio, Leonard, Courville: Estimating or Propagating Gradients Through Stochastic Neurons for
+    Conditional Computation, 2013 (straight-through); Maddison, Mnih, Teh: The Concrete Distribution, 2017.
+    """
+    check_counts("pathwise", problems=problems)
+    check_scores("pathwise", policy)
+    if not callable(temperature):
+        require(temperature > 0, f"pathwise: temperature must be > 0, got {temperature}")
+
+    def annotate(key: Array, view: PoolView, observation: PyTree, extra: PyTree) -> Array:
+        row = view.row[observation.position]
+        return jax.vmap(lambda r: jax.random.gumbel(jax.random.fold_in(key, r), (k,)))(row).T
+
+    def noisy(decision: Decision, observation: PyTree, noise: Array, params: PyTree, extra: PyTree) -> Decision:
+        place, valid, _ = relaxed_batch(policy.score, params, observation, noise, temperature=1.0)
+        return decision._replace(index=observation.position[place], valid=valid)
+
+    play = episode(learner, policy, budget=budget, k=k, annotate=annotate, revise=noisy)
+
+    def episode_loss(key: Array, trained: PyTree, runs: Trajectory, problem: Problem, heat: Array) -> Array:
+        params, meta = trained
+        n, y = rows_of(problem.x), jnp.asarray(problem.y)
+        hard = jnp.zeros((runs.index.shape[0], n))
+        hard = jax.vmap(lambda row, index, bought: row.at[index].max(bought.astype(jnp.float32)))(
+            hard, runs.index, runs.bought
+        )
+
+        def choice(observation: PyTree, noise: Array) -> Array:
+            _, _, soft = relaxed_batch(policy.score, params, observation, noise, temperature=heat)
+            return jnp.zeros(n).at[observation.position].add(soft)
+
+        soft = jax.vmap(choice)(runs.observation, runs.notes)
+        given = jnp.zeros(n).at[jnp.where(problem.initial >= 0, problem.initial, n)].set(1.0, mode="drop")
+        if straight_through:
+            weights = given + jnp.cumsum(hard + soft - lax.stop_gradient(soft), axis=0)
+        else:
+            # A row is labelled unless no round chose it.
+            weights = jnp.maximum(given, 1.0 - jnp.cumprod(1.0 - jnp.minimum(soft, 1.0), axis=0))
+
+        @jax.checkpoint
+        def judged(weight: Array) -> Array:
+            batch = Batch(x=problem.x, y=y, weight=weight)
+            adapted = learner.adapt(key, meta, batch, unlabelled=problem.x)
+            log_probs = consensus(learner.predict(adapted, problem.test.x).logits)
+            return cross_entropy(log_probs, problem.test.y, problem.test.weight)
+
+        return lax.map(judged, weights).mean()
+
+    def learn(key: Array, state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
+        heat = temperature(state.step) if callable(temperature) else jnp.asarray(temperature, jnp.float32)
+
+        def one(key: Array) -> tuple[PyTree, Metrics]:
+            problem_key, play_key, adapt_key = jax.random.split(key, 3)
+            problem = sampler(problem_key, data)
+            runs = lax.stop_gradient(play(play_key, (state.params, ()), state.meta, problem))
+            trained = (state.params, state.meta) if joint else state.params
+
+            def loss_of(trained: PyTree) -> Array:
+                both = trained if joint else (trained, state.meta)
+                return episode_loss(adapt_key, both, runs, problem, heat)
+
+            loss, grads = jax.value_and_grad(loss_of)(trained)
+            return grads, {"loss": loss, "area": runs.accuracy.mean()}
+
+        keys = jax.random.split(key, problems)
+        grads, metrics = jax.tree.map(lambda leaf: leaf.mean(0), one_by_one(one, keys, chunk))
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        return apply_gradients(optimizer, grads, state, joint=joint), metrics
+
+    return make_trainer(policy, optimizer, learn, joint=joint)
