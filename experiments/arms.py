@@ -80,6 +80,24 @@ def without_head(model: nn.Module, meta: PyTree, x: PyTree) -> PyTree:
     return {**meta, "params": {**meta["params"], "head": head}}
 
 
+def make_embed(model: nn.Module, chunk: int) -> Callable[[PyTree, PyTree], Array]:
+    """`(meta, x) -> embedding [n, d]` by a network's body, `chunk` rows at a time."""
+    body = learners.maml(model, inner=optax.identity(), steps=0)
+    return lambda meta, x: predict_pool(body, meta, x, chunk=chunk).embedding[0]
+
+
+def standardised(
+    embed: Callable[[PyTree], Array], problem: Problem, test: Batch | None = None
+) -> tuple[Problem, Batch]:
+    """The problem, and other test rows, embedded: the pool's mean is 0 and its common standard deviation 1."""
+    pool = embed(problem.x)
+    mean, scale = pool.mean(0), pool.std() + 1e-6
+    scaled = lambda batch: batch._replace(x=(embed(batch.x) - mean) / scale)  # noqa: E731
+    own = scaled(problem.test)
+    problem = problem._replace(x=(pool - mean) / scale, test=own, validation=scaled(problem.validation))
+    return problem, own if test is None else scaled(test)
+
+
 def make_arms(
     learner: str, strategies: tuple[str, ...], *, classes: int, shape: tuple[int, ...], config: Any
 ) -> list[Arm]:
@@ -172,26 +190,13 @@ def _learner(learner: str, classes: int, shape: tuple[int, ...], config: Any):
         return base, lambda key, meta, x: without_head(model, meta, x), keep, "bootstrap"
     if learner != "frozen":
         raise ValueError(f"unknown learner {learner!r}; choose from {list(LEARNERS)}")
-    body = learners.maml(model, inner=optax.identity(), steps=0)
+    embed = make_embed(model, config.chunk)
     own_model, training = _supervised(learner, classes, shape, config)
     base = learners.fine_tune(own_model, **training)
 
     def embedded(meta: PyTree, problem: Problem, test: Batch) -> tuple[Problem, Batch]:
         meta = without_head(model, meta, problem.x)
-
-        def embed(x: PyTree) -> Array:
-            return predict_pool(body, meta, x, chunk=config.chunk).embedding[0]
-
-        pool = embed(problem.x)
-        mean, scale = pool.mean(0), pool.std() + 1e-6
-
-        def scaled(batch: Batch) -> Batch:
-            return batch._replace(x=(embed(batch.x) - mean) / scale)
-
-        problem = problem._replace(
-            x=(pool - mean) / scale, test=scaled(problem.test), validation=scaled(problem.validation)
-        )
-        return problem, scaled(test)
+        return standardised(lambda x: embed(meta, x), problem, test)
 
     return base, fresh, embedded, "bootstrap"
 

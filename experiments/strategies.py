@@ -31,11 +31,10 @@ import tyro
 from tqdm import tqdm
 
 import meta_active
-from arms import make_arms, make_model, without_head
+from arms import make_arms, make_embed, make_model, standardised, without_head
 from meta_training import make_meta_job, meta_restore, meta_train
 from metaal_jax import learners, models, tasks
-from metaal_jax.acquisition import predict_pool
-from metaal_jax.base import Problem, PyTree
+from metaal_jax.base import Learner, Problem, PyTree
 from metaal_jax.loop import active_learner
 from metaal_jax.metrics import Score
 from registry import ALIASES, CANDIDATES, STRATEGIES, Need, find, listing, make_policy
@@ -195,6 +194,7 @@ def make_problems(config: Config, setting: meta_active.Setting, meta: PyTree, pl
     """Every seed's problem in every condition, embedded once: leaves `[seeds, ...]`."""
     job_config = main_config(config)
     model = make_model(setting.classes, setting.shape, job_config)
+    embed = make_embed(model, 100)
     body = learners.maml(model, inner=optax.identity(), steps=0)
     image = jnp.zeros((1, *setting.shape), setting.train_source.x.dtype)
     networks = {
@@ -203,41 +203,45 @@ def make_problems(config: Config, setting: meta_active.Setting, meta: PyTree, pl
     }
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1), config.seeds)
 
-    def embedded(network: PyTree, problem: Problem) -> Problem:
-        embed = lambda x: predict_pool(body, network, x, chunk=100).embedding[0]  # noqa: E731
-        pool = embed(problem.x)
-        mean, scale = pool.mean(0), pool.std() + 1e-6
-        scaled = lambda batch: batch._replace(x=(embed(batch.x) - mean) / scale)  # noqa: E731
-        return problem._replace(
-            x=(pool - mean) / scale, test=scaled(problem.test), validation=scaled(problem.validation)
-        )
-
     found = {}
     for embedding, condition in tqdm(places, desc="embedding"):
         options = {name: value for name, value in CONDITIONS[condition].items() if name != "wrong"}
         sampler = tasks.problems(pool=config.pool, test=config.test, validation=config.held_out, **options)
-        draw = jax.jit(lambda network, key, data, sampler=sampler: embedded(network, sampler(key, data)))
+
+        @jax.jit
+        def draw(network: PyTree, key: jax.Array, data: Any, sampler: Any = sampler) -> Problem:
+            return standardised(lambda x: embed(network, x), sampler(key, data))[0]
+
         network = networks[embedding]()
         each = [draw(network, key, setting.problem_data) for key in keys]
         found[embedding, condition] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     return found
 
 
+def linear_learners(config: Any, classes: int) -> tuple[Learner, Learner]:
+    """The linear layer on an embedding, and its quicker form for what refits it by the thousand."""
+    model = models.MLP(classes, hidden=(), zero_head=True)
+    train = lambda rate, steps: learners.fine_tune(  # noqa: E731
+        model, optimizer=optax.adamw(rate, weight_decay=config.decay), steps=steps
+    )
+    quick_rate = config.rate * config.steps / config.refit_steps
+    return train(config.rate, config.steps), train(quick_rate, config.refit_steps)
+
+
 def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
     """`(key, problem, wrong) -> (Score [rounds], labels bought)`: one run, a pure function."""
     model = models.MLP(classes, hidden=(), zero_head=True)
     training: dict[str, Any] = {"optimizer": optax.adamw(config.rate, weight_decay=config.decay), "steps": config.steps}
-    learner = learners.fine_tune(model, **training)
+    learner, refit = linear_learners(config, classes)
     posterior = None
     if find(strategy).committee:
         members = config.joint_members if find(strategy).costly else config.members
         posterior = learners.laplace(learner, members=members, prior_precision=config.prior_precision)
-    quick = optax.adamw(config.rate * config.steps / config.refit_steps, weight_decay=config.decay)
     need = Need(
         k=k,
         classes=classes,
         learner=learner,
-        refit=learners.fine_tune(model, optimizer=quick, steps=config.refit_steps),
+        refit=refit,
         loss_learner=learners.loss_predictor(model, **training),
     )
     policy = make_policy(strategy, need, posterior)

@@ -14,11 +14,13 @@ from metaal_jax.policies.evolution import evolution
 from metaal_jax.policies.learned import learned, prior
 from metaal_jax.policies.pathwise import pathwise, relaxed_batch
 from metaal_jax.policies.policy_gradient import ppo, reinforce
+from metaal_jax.policies.saved import Saved, load, save, shipped
 from metaal_jax.policies.selector import selector
 from metaal_jax.policies.supervised import supervised
 
 __all__ = [
     "PolicyTrainer",
+    "Saved",
     "TrainState",
     "albl",
     "environment",
@@ -26,11 +28,14 @@ __all__ = [
     "exp4p",
     "features",
     "learned",
+    "load",
     "pathwise",
     "ppo",
     "prior",
     "reinforce",
     "relaxed_batch",
+    "save",
     "selector",
+    "shipped",
     "supervised",
 ]

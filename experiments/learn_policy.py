@@ -1,0 +1,429 @@
+"""Trains an acquisition policy on a source's problems: what to have labelled is learned, and used on other sets.
+
+Claim: a policy trained on problems made from CIFAR-10 alone chooses better than every rule, on held-out problems and
+on a new task (`evaluate_policy.py`).
+
+    python experiments/learn_policy.py --meta-run runs/cifar10-mnist               # by evolution strategies
+    python experiments/learn_policy.py --meta-run runs/cifar10-mnist --way reinforce --minutes 15
+
+The main job's meta-learned network embeds everything once. A problem's classes are each composed of one to three forms,
+in uneven shares: shapes drawn from the source's images at several strengths of distortion, without any label, or, of
+sources such as Omniglot, the source's own classes. A linear layer is trained on the embedding after every batch, as in
+`strategies.py`, and the policy is rewarded with the area under the learning curve. Problems of forms that training does
+not see choose the checkpoint; others, drawn after that, are what is reported, paired with rules on the same problems.
+The new task is not looked at.
+
+Expected: see experiments/results/policies/ and the README.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from tqdm import tqdm
+
+import meta_active
+from arms import make_embed, make_model, standardised, without_head
+from meta_training import make_meta_job, meta_restore
+from metaal_jax import checkpoint, exemplars, models, policies, tasks
+from metaal_jax.base import Learner, Policy, Problem, PyTree
+from metaal_jax.metrics import interval
+from metaal_jax.policies import features
+from metaal_jax.policies.episodes import episode
+from registry import Need, make_policy
+from report import write_results
+from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
+from strategies import linear_learners
+
+WAYS = {
+    "evolution": "evolution strategies: the parameters are varied, whole episodes compared",
+    "reinforce": "policy gradient, other episodes of the same problem as baseline",
+    "ppo": "clipped policy gradient with a learned value",
+    "regression": "what a label is worth, measured by refitting, as a regression (LAL)",
+    "imitation": "the greedy oracle imitated, with data aggregation",
+    "classification": "whether a row's label helps, as a classifier",
+}
+NETWORKS = ("linear", "row", "set")
+RULES = ("random", "margin", "typiclust", "max_herding")
+BASELINE = "max_herding"
+FREE = frozenset({"out", "resume", "data_dir", "save_results", "save_policy"})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trains an acquisition policy on a source's problems."""
+
+    way: Annotated[str, tyro.conf.arg(help="One of: " + "; ".join(f"{n}: {t}" for n, t in WAYS.items()))] = "evolution"
+    source: str = "cifar10"
+    """Data set that problems are made from; the one that the main job's network was meta-trained on."""
+    target: str = "mnist"
+    """Data set that the main job was for: it decides the shape of rows, and is not looked at."""
+    meta_run: str = "runs/cifar10-mnist"
+    """Run folder of the main job for this source and target, whose network embeds."""
+    network: str = "linear"
+    """What scores rows: linear (in the features, with factors that move with the situation), row or set."""
+    start: float = 1.0
+    """Factor of the feature uncertain_cover with which scores begin."""
+    minutes: float = 40.0
+    """Time to train; it is checked after each piece."""
+    pieces: int = 40
+    """Most pieces of the training, each followed by a validation and a checkpoint."""
+    piece_steps: int = 10
+    """Steps of the trainer in a piece."""
+
+    batch_size: int = 10
+    """Rows that a policy asks for in a round."""
+    budget: int = 100
+    """Labels of an episode."""
+    ways: int = 10
+    """Classes of a problem."""
+    parts: int = 3
+    """Most forms of a class."""
+    pool: int = 600
+    """Pool rows of a problem."""
+    test: int = 400
+    """Its test rows."""
+    held_out: int = 100
+    """Its validation rows, which imitation and regression measure labels by."""
+    imbalance: float = 10.0
+    """How many times rarer its rarest class may be than its most frequent one."""
+    forms: int = 560
+    """Shape classes for training, at each strength."""
+    validation_forms: int = 140
+    """Shape classes for validation and report, at each strength."""
+    examples: int = 120
+    """Examples of each."""
+    strengths: str = "0.6,0.9,1.2,1.5,1.8"
+    """Strengths of their distortion; a problem's forms share one."""
+    validation_problems: int = 96
+    """Problems that choose the checkpoint."""
+    report_problems: int = 200
+    """Problems of the report."""
+
+    problems: int = 8
+    """Problems of a step."""
+    episodes: int = 16
+    """Episodes of each problem in a step (evolution and reinforce); ppo and the supervised ways run one."""
+    deviation: float = 0.15
+    """Of evolution's noise on the parameters."""
+    policy_rate: float = 0.05
+    """Learning rate of the policy (Adam); the row and set networks take a tenth of it."""
+    anchors: int = 200
+    """Rows that stand for the pool in training."""
+    candidates: int = 48
+    """Rows a round that imitation, regression and classification try and that policy gradients choose from."""
+    steps: int = 50
+    """Steps of the linear layer."""
+    rate: float = 1e-2
+    """Their learning rate."""
+    decay: float = 0.1
+    """Their weight decay."""
+    refit_steps: int = 20
+    """Steps of the linear layer where labels are tried."""
+
+    seed: int = 0
+    """Decides everything that is drawn."""
+    data_dir: str | None = None
+    """Where TFDS sets are prepared; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    out: str | None = None
+    """Run folder; by default runs/policies/SOURCE-WAY."""
+    resume: bool = False
+    """Go on with the run in the folder."""
+    save_results: str | None = None
+    """Also write the results to this JSON file."""
+    save_policy: str | None = None
+    """Also write the policy to this JSON file."""
+
+
+def check(config: Config) -> None:
+    """Checks what can be checked without data."""
+    for text, known, what in ((config.way, WAYS, "way"), (config.network, NETWORKS, "network")):
+        if names(text, known, what) != (text,):
+            raise UsageError(f"--{what} {text!r}: give one; choose from {', '.join(known)}")
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, int) and not isinstance(value, bool) and field.name != "seed" and value < 1:
+            raise UsageError(f"--{field.name.replace('_', '-')} {value} must be at least 1")
+    if config.way in ("evolution", "reinforce") and (config.episodes < 2 or config.episodes % 2):
+        raise UsageError(f"--episodes {config.episodes} must be an even number from 2 on")
+    if config.budget > config.pool:
+        raise UsageError(f"--budget {config.budget} labels are more than --pool {config.pool} rows")
+
+
+def make_network(config: Config) -> Any:
+    """The network that scores rows, before training."""
+    prior = policies.prior(uncertain_cover=config.start)
+    if config.network == "linear":
+        moving = tuple(features.SITUATION.index(name) for name in ("labels", "margin"))
+        return models.LinearNetwork(situation=moving, prior=prior)
+    return {"row": models.RowNetwork, "set": models.SetNetwork}[config.network](prior=prior)
+
+
+def make_trainer(config: Config, sampler: Callable, network: Any) -> policies.PolicyTrainer:
+    """The way to train, on the linear layer."""
+    learner, refit = linear_learners(config, config.ways)
+    k = config.batch_size
+    rate = config.policy_rate * (1.0 if config.network == "linear" else 0.1)
+    common: dict[str, Any] = {
+        "optimizer": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)), "budget": config.budget, "k": k,
+        "chunk": 1 if jax.default_backend() == "cpu" else None,
+    }  # fmt: skip
+    greedy = functools.partial(policies.learned, network, k=k, anchors=config.anchors)
+    drawn = greedy(sample=True, candidates=max(config.candidates, k))
+    if config.way == "evolution":
+        return policies.evolution(learner, greedy(), sampler, problems=config.problems, pairs=config.episodes // 2,
+                                  deviation=config.deviation, **common)  # fmt: skip
+    if config.way == "reinforce":
+        return policies.reinforce(learner, drawn, sampler, problems=config.problems, rollouts=config.episodes, **common)
+    if config.way == "ppo":
+        return policies.ppo(learner, drawn, sampler, episodes=config.problems, **common)
+    return policies.supervised(learner, drawn, sampler, target=config.way, refit=refit, episodes=config.problems,
+                               expert_steps=config.piece_steps // 2, **common)  # fmt: skip
+
+
+def embedded_forms(config: Config, setting: Any, folder: RunFolder) -> tuple[PyTree, PyTree]:
+    """The forms that problems are composed of, embedded: for training and held out, `ClassData` with leaves `[s, ...]`.
+
+    They are kept in the run folder; `s` counts strengths of distortion, 1 for a source's own classes.
+    """
+    job_config = meta_active.Config(source=config.source, target=config.target, seed=config.seed,
+                                    data_dir=config.data_dir, meta_run=config.meta_run)  # fmt: skip
+    meta = meta_restore(job_config, setting, make_meta_job(job_config, setting))
+    model = make_model(setting.classes, setting.shape, job_config)
+    meta = without_head(model, meta, jnp.zeros((1, *setting.shape), setting.train_source.x.dtype))
+    embed = jax.jit(functools.partial(make_embed(model, 100), meta))
+    if setting.kinds == ("shapes",):
+        try:
+            strengths = [float(part) for part in config.strengths.split(",")]
+        except ValueError:
+            raise UsageError(f"--strengths {config.strengths!r} must be numbers with commas between them") from None
+        wanted = ((setting.train_source.x, config.forms), (setting.validation_source.x, config.validation_forms))
+        found = []
+        for part, (images, count) in enumerate(wanted):
+            key = jax.random.fold_in(jax.random.key(config.seed), part)
+            banks = [draw_forms(jax.random.fold_in(key, i), images, count, config.examples, strength, embed)
+                     for i, strength in enumerate(tqdm(strengths, desc="drawing forms"))]  # fmt: skip
+            found.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *banks))
+        return found[0], found[1]
+    own = []
+    for part in (setting.train_source, setting.validation_source):
+        x = np.concatenate([np.asarray(embed(part.x[i : i + 5000])) for i in range(0, len(part.x), 5000)])
+        own.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tasks.class_data(x, part.y)))
+    return own[0], own[1]
+
+
+def draw_forms(
+    key: jax.Array, images: np.ndarray, count: int, examples: int, strength: float, embed: Callable
+) -> tasks.ClassData:
+    """`count` shape classes at one strength of distortion, embedded; those that show nothing are left out."""
+    draw = jax.jit(jax.vmap(exemplars.shape_exemplars(
+        examples=examples, size=images.shape[1], affine=strength, elastic=0.1 * strength)))  # fmt: skip
+    at_once, found, held = 50, [], 0
+    for turn in range(20 * (count // at_once + 1)):
+        pick_key, draw_key = jax.random.split(jax.random.fold_in(key, turn))
+        row = np.asarray(jax.random.randint(pick_key, (at_once,), 0, len(images)))
+        x, ink = draw(jax.random.split(draw_key, at_once), images[row])
+        shown = np.asarray((ink > 0.05) & (ink < 0.5))
+        z = np.asarray(embed(x.reshape(-1, *x.shape[2:]))).reshape(at_once, examples, -1)
+        found.append(z[shown])
+        held += int(shown.sum())
+        if held >= count:
+            break
+    else:
+        raise UsageError("the source's images show too few shapes; give another --source")
+    z = np.concatenate(found)[:count]
+    return tasks.class_data(z.reshape(count * examples, -1), np.repeat(np.arange(count), examples))
+
+
+def make_sampler(config: Config) -> Callable[[jax.Array, PyTree], Problem]:
+    """`(key, forms) -> Problem`, embedded rows that are standardised by the pool."""
+    composed = tasks.composed_problems(
+        ways=config.ways, parts=config.parts, pool=config.pool, test=config.test, validation=config.held_out,
+        imbalance=config.imbalance,
+    )  # fmt: skip
+
+    def sample(key: jax.Array, forms: PyTree) -> Problem:
+        which_key, key = jax.random.split(key)
+        which = jax.random.randint(which_key, (), 0, forms.y.shape[0])
+        problem = composed(key, jax.tree.map(lambda leaf: leaf[which], forms))
+        return standardised(lambda x: x, problem)[0]
+
+    return sample
+
+
+def areas(config: Config, policy: Policy, learner: Learner, sampler: Callable) -> Callable[..., jax.Array]:
+    """`(key, params, forms, number) -> accuracy [number, rounds]`: the same problems and keys for all policies."""
+    play = episode(learner, policy, budget=config.budget, k=config.batch_size, record=False)
+
+    @functools.partial(jax.jit, static_argnames="number")
+    def run(key: jax.Array, params: PyTree, forms: PyTree, number: int) -> jax.Array:
+        def one(key: jax.Array) -> jax.Array:
+            problem_key, run_key = jax.random.split(key)
+            problem = sampler(problem_key, forms)
+            meta = learner.init(run_key, problem.x)
+            return play(run_key, params, meta, problem).accuracy
+
+        return jax.lax.map(one, jax.random.split(key, number), batch_size=8)
+
+    return run
+
+
+def train(
+    config: Config, folder: RunFolder, trainer: policies.PolicyTrainer, judge: Callable, forms: tuple[PyTree, PyTree],
+    meta: PyTree,
+) -> tuple[PyTree, list[dict]]:  # fmt: skip
+    """Trains in pieces until the time is spent; the parameters that validation chose, and the records."""
+    init_key, run_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
+    state = jax.jit(trainer.init)(init_key, meta, forms[0])
+    run = jax.jit(functools.partial(trainer.run, steps=config.piece_steps))
+    path = lambda piece: folder.path / "checkpoints" / f"piece_{piece:02d}"  # noqa: E731
+    shape = state
+    records: list[dict] = []
+
+    def validated(params: PyTree) -> float:
+        return round_to(judge(validation_key, params, forms[1], config.validation_problems).mean())
+
+    def begin() -> list[dict]:
+        checkpoint.save(path(0), state)
+        return [{"series": "train", "at": 0, "seconds": 0.0, "validation": validated(state.params)}]
+
+    records += folder.step("piece-00", begin)
+    loaded = 0
+    for piece in tqdm(range(1, config.pieces + 1), desc=f"{config.way}"):
+
+        def compute(piece: int = piece, before: float = records[-1]["seconds"]) -> list[dict]:
+            nonlocal state, loaded
+            if loaded != piece - 1:
+                state = jax.device_put(checkpoint.restore(path(piece - 1), shape))
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(run(run_key, state, forms[0]))
+            seconds = before + time.perf_counter() - start
+            loaded = piece
+            checkpoint.save(path(piece), state)
+            return [{"series": "train", "at": piece * config.piece_steps, "seconds": round(seconds, 1),
+                     "validation": validated(state.params),
+                     **{name: round_to(values.mean()) for name, values in metrics.items()}}]  # fmt: skip
+
+        if not folder.done(f"piece-{piece:02d}") and records[-1]["seconds"] >= 60 * config.minutes:
+            break
+        records += folder.step(f"piece-{piece:02d}", compute)
+        for name in sorted(set(records[-1]) - {"series", "at"}):
+            folder.board(f"train/{name}", records[-1][name], records[-1]["at"])
+    best = int(np.argmax([record["validation"] for record in records]))
+    return jax.device_put(checkpoint.restore(path(best), shape)).params, records
+
+
+def job(config: Config) -> None:
+    """The whole run."""
+    check(config)
+    setting = meta_active.Setting(
+        meta_active.Config(source=config.source, target=config.target, seed=config.seed, data_dir=config.data_dir)
+    )
+    with arguments():
+        network = make_network(config)
+        sampler = make_sampler(config)
+        trainer = make_trainer(config, sampler, network)
+        learner, refit = linear_learners(config, config.ways)
+        judged = policies.learned(network, k=config.batch_size)
+    folder = RunFolder(config.out or f"runs/policies/{config.source}-{config.way}", config, resume=config.resume,
+                       free=FREE)  # fmt: skip
+    forms = embedded_forms(config, setting, folder)
+    with arguments():
+        meta = learner.init(jax.random.key(config.seed), sampler(jax.random.key(0), forms[0]).x)
+    params, records = train(config, folder, trainer, areas(config, judged, learner, sampler), forms, meta)
+
+    def compute() -> list[dict]:
+        key = jax.random.fold_in(jax.random.key(config.seed), 7)
+        need = Need(k=config.batch_size, classes=config.ways, learner=learner, refit=refit, loss_learner=learner)
+        compared = {"policy": (judged, params), "start": (judged, judged.init(key))}
+        compared |= {name: (make_policy(name, need), ()) for name in RULES}
+        found = []
+        for name, (policy, own) in tqdm(compared.items(), desc="report"):
+            accuracy = areas(config, policy, learner, sampler)(key, own, forms[1], config.report_problems)
+            found += [{"series": name, "problem": i, "accuracy": [round_to(v) for v in row]}
+                      for i, row in enumerate(np.asarray(accuracy))]  # fmt: skip
+        return found
+
+    judged_records = folder.step("report", compute)
+    curves = {name: np.asarray([r["accuracy"] for r in judged_records if r["series"] == name])
+              for name in dict.fromkeys(r["series"] for r in judged_records)}  # fmt: skip
+    rows, paired = result_rows(config, curves, records)
+    about = {"command": command(), "source": config.source, "way": config.way, "batch": config.batch_size,
+             "budget": config.budget, "seconds_of_training": records[-1]["seconds"],
+             "held_out": next(row for row in paired if row["b"]["strategy"] == BASELINE)}  # fmt: skip
+    for place in (folder.path / "policy.json", *([Path(config.save_policy)] if config.save_policy else [])):
+        policies.save(place, network, params, about)
+    for place in (folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])):
+        write_results(place, command=command(), environment=environment(), seconds=folder.seconds(),
+                      config=dataclasses.asdict(config), rows=rows, paired=paired)  # fmt: skip
+    picture(config, records, curves, folder.path / "results.png")
+    print(f"\n{config.way} on {config.source}, {config.report_problems} held-out problems: area in %, mean and 95 %")
+    for name, accuracy in curves.items():
+        low = interval(100 * accuracy.mean(1))
+        both = interval(100 * (accuracy - curves[BASELINE]).mean(1))
+        print(f"  {name:12} {low.mean:.2f} ± {low.high - low.mean:.2f}   less {BASELINE}: "
+              f"{both.mean:+.2f} [{both.low:+.2f}, {both.high:+.2f}]")  # fmt: skip
+    print(f"{records[-1]['seconds'] / 60:.1f} minutes of training; policy: {folder.path / 'policy.json'}")
+
+
+def result_rows(config: Config, curves: dict, records: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Areas on held-out problems, the validation along the training, and paired differences, as results."""
+    rows: list[dict] = []
+    paired: list[dict] = []
+    common = {"source": config.source, "target": config.source, "batch": config.batch_size, "labels": config.budget}
+    number = lambda low, middle: {middle: round(low.mean, 5), "low": round(low.low, 5), "high": round(low.high, 5),  # noqa: E731
+                                  "problems": low.seeds}  # fmt: skip
+    for name, accuracy in curves.items():
+        rows.append({"strategy": name, **common, "metric": "area", **number(interval(accuracy.mean(1)), "mean")})
+        if name not in ("policy", "start"):
+            both = interval((curves["policy"] - accuracy).mean(1))
+            paired.append({"a": {"strategy": "policy"}, "b": {"strategy": name}, **common, "metric": "area",
+                           **number(both, "difference")})  # fmt: skip
+    rows += [{"strategy": "policy", **common, "metric": "validation_area", "step": r["at"], "seconds": r["seconds"],
+              "mean": round(r["validation"], 5)} for r in records]  # fmt: skip
+    seconds = records[-1]["seconds"]
+    if config.way in ("evolution", "reinforce") and seconds > 0:
+        episodes = records[-1]["at"] * config.problems * config.episodes
+        rows.append({"strategy": "policy", **common, "metric": "episodes_per_second",
+                     "mean": round(episodes / seconds, 2)})  # fmt: skip
+    return rows, paired
+
+
+def picture(config: Config, records: list[dict], curves: dict, path: Path) -> None:
+    """Validation along the training, and the curves on held-out problems less those of the baseline."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    left.plot([r["seconds"] / 60 for r in records], [100 * r["validation"] for r in records], marker=".")
+    left.set_xlabel("minutes of training")
+    left.set_ylabel("validation area, %")
+    labels = config.batch_size * (1 + np.arange(curves["policy"].shape[1]))
+    for name in (name for name in curves if name not in ("random", "margin")):
+        found = [interval(column) for column in 100 * (curves[name] - curves[BASELINE]).T]
+        right.plot(labels, [f.mean for f in found], label=name)
+        right.fill_between(labels, [f.low for f in found], [f.high for f in found], alpha=0.15, linewidth=0)
+    right.set_xlabel("labels bought")
+    right.set_ylabel(f"accuracy less {BASELINE}'s, points")
+    right.legend(frameon=False)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{config.way} on {config.source}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(lambda: job(tyro.cli(Config)))

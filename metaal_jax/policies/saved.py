@@ -1,0 +1,110 @@
+"""Trained policies as small, readable files; some come with the package."""
+
+import dataclasses
+import importlib.resources
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from metaal_jax.base import PyTree
+from metaal_jax.models.policy import LinearNetwork, RowNetwork, SetNetwork
+from metaal_jax.policies import features
+
+NETWORKS: dict[str, Any] = {network.__name__: network for network in (LinearNetwork, RowNetwork, SetNetwork)}
+# What flax adds to every module.
+_OWN = ("parent", "name")
+
+
+class Saved(NamedTuple):
+    """A trained policy: `policies.learned(saved.network, k=...)` runs with `saved.params` for any `k`.
+
+    Attributes:
+      network: what `policies.learned` takes.
+      params: its parameters.
+      about: how it came to be: command, training set, what it reached there.
+    """
+
+    network: nn.Module
+    params: PyTree
+    about: dict[str, Any]
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the trained policies that come with the package."""
+    folder = importlib.resources.files("metaal_jax.policies") / "shipped"
+    return tuple(sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".json")))
+
+
+def save(path: str | os.PathLike[str], network: nn.Module, params: PyTree, about: dict[str, Any]) -> None:
+    """Writes a trained policy to one JSON file.
+
+    Args:
+      path: of the file.
+      network: one of the networks of `metaal_jax.models`.
+      params: its parameters.
+      about: what is worth knowing of it, anything that JSON can hold.
+
+    Raises:
+      ValueError: for a network of another kind.
+    """
+    kind = type(network).__name__
+    if kind not in NETWORKS:
+        raise ValueError(f"a policy is saved with one of {', '.join(NETWORKS)}; got {kind}")
+    options = {f.name: getattr(network, f.name) for f in dataclasses.fields(network) if f.name not in _OWN}
+    leaves = {
+        jax.tree_util.keystr(place, simple=True, separator="/"): {
+            "shape": list(leaf.shape),
+            # Nine digits give a float32 back to the bit.
+            "values": [float(f"{value:.9g}") for value in np.asarray(leaf, np.float32).reshape(-1)],
+        }
+        for place, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    held = {"about": about, "network": {"kind": kind, **options}, "rows": features.ROWS,
+            "situation": features.SITUATION, "params": leaves}  # fmt: skip
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(held) + "\n")
+
+
+def load(name: str | os.PathLike[str]) -> Saved:
+    """A trained policy: one that comes with the package by its name, or any by the path of its file.
+
+    >>> saved = ml.policies.load("cifar10")
+    >>> policy = ml.policies.learned(saved.network, k=10)  # its parameters: saved.params
+
+    Raises:
+      ValueError: for an unknown name, a file that holds no policy, or one trained on other features than those of this
+        version.
+    """
+    if str(name) in shipped():
+        text = (importlib.resources.files("metaal_jax.policies") / "shipped" / f"{name}.json").read_text()
+    elif Path(name).is_file():
+        text = Path(name).read_text()
+    else:
+        raise ValueError(f"no policy {str(name)!r}: give one of {', '.join(shipped())}, or the path of a saved policy")
+    try:
+        held = json.loads(text)
+        options, leaves = dict(held["network"]), held["params"]
+        seen = (tuple(held["rows"]), tuple(held["situation"]))
+        kind = NETWORKS[options.pop("kind")]
+        network = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
+        arrays = {
+            place: np.asarray(leaf["values"], np.float32).reshape(leaf["shape"]) for place, leaf in leaves.items()
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{name} holds no policy ({error}); give a file that policies.save wrote") from error
+    if seen != (features.ROWS, features.SITUATION):
+        raise ValueError(f"the policy {name} was trained on other features than this version's; train it again")
+    params: dict[str, Any] = {}
+    for place, array in arrays.items():
+        *above, last = place.split("/")
+        inner = params
+        for part in above:
+            inner = inner.setdefault(part, {})
+        inner[last] = jnp.asarray(array)
+    return Saved(network, params, held["about"])
