@@ -109,8 +109,9 @@ def make_arms(
     segments = (half, budget) if budget > (50 if learner == "scratch" else 100) and half < budget else (budget,)
     own_model, training = _supervised(learner, classes, shape, config)
     need = Need(
-        k=k, classes=classes, learner=single, refit=single, loss_learner=learners.loss_predictor(own_model, **training)
-    )
+        k=k, rounds=budget // k, classes=classes, learner=single, refit=single,
+        loss_learner=learners.loss_predictor(own_model, **training),
+    )  # fmt: skip
     # Strategies of one cost share a program; one that costs much more than the others would hold them up.
     groups = {}
     for name in strategies:

@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 import meta_active
 from arms import make_embed, make_model, standardised, without_head
-from meta_training import make_meta_job, meta_restore
 from metaal_jax import checkpoint, exemplars, models, policies, tasks
 from metaal_jax.base import Learner, Policy, Problem, PyTree
 from metaal_jax.metrics import interval
@@ -42,7 +41,7 @@ from metaal_jax.policies.episodes import episode
 from registry import Need, make_policy
 from report import write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
-from strategies import linear_learners
+from strategies import linear_learners, main_config, main_network
 
 WAYS = {
     "evolution": "evolution strategies: the parameters are varied, whole episodes compared",
@@ -55,7 +54,8 @@ WAYS = {
 NETWORKS = ("linear", "row", "set")
 RULES = ("random", "margin", "typiclust", "max_herding")
 BASELINE = "max_herding"
-FREE = frozenset({"out", "resume", "data_dir", "save_results", "save_policy"})
+# A run may go on for longer: what is there stays as it is.
+FREE = frozenset({"out", "resume", "data_dir", "save_results", "save_policy", "minutes", "pieces"})
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class Config:
     """Data set that problems are made from; the one that the main job's network was meta-trained on."""
     target: str = "mnist"
     """Data set that the main job was for: it decides the shape of rows, and is not looked at."""
-    meta_run: str = "runs/cifar10-mnist"
-    """Run folder of the main job for this source and target, whose network embeds."""
+    meta_run: str | None = None
+    """Run folder of the main job for this source and target, whose network embeds. None trains it here."""
     network: str = "linear"
     """What scores rows: linear (in the features, with factors that move with the situation), row or set."""
     start: float = 1.0
     """Factor of the feature uncertain_cover with which scores begin."""
-    minutes: float = 40.0
+    minutes: float = 8.0
     """Time to train; it is checked after each piece."""
     pieces: int = 40
     """Most pieces of the training, each followed by a validation and a checkpoint."""
@@ -104,7 +104,7 @@ class Config:
     """Examples of each."""
     strengths: str = "0.6,0.9,1.2,1.5,1.8"
     """Strengths of their distortion; a problem's forms share one."""
-    validation_problems: int = 96
+    validation_problems: int = 160
     """Problems that choose the checkpoint."""
     report_problems: int = 200
     """Problems of the report."""
@@ -193,12 +193,10 @@ def make_trainer(config: Config, sampler: Callable, network: Any) -> policies.Po
 def embedded_forms(config: Config, setting: Any, folder: RunFolder) -> tuple[PyTree, PyTree]:
     """The forms that problems are composed of, embedded: for training and held out, `ClassData` with leaves `[s, ...]`.
 
-    They are kept in the run folder; `s` counts strengths of distortion, 1 for a source's own classes.
+    `s` counts strengths of distortion, 1 for a source's own classes.
     """
-    job_config = meta_active.Config(source=config.source, target=config.target, seed=config.seed,
-                                    data_dir=config.data_dir, meta_run=config.meta_run)  # fmt: skip
-    meta = meta_restore(job_config, setting, make_meta_job(job_config, setting))
-    model = make_model(setting.classes, setting.shape, job_config)
+    meta = main_network(config, setting, folder)
+    model = make_model(setting.classes, setting.shape, main_config(config))
     meta = without_head(model, meta, jnp.zeros((1, *setting.shape), setting.train_source.x.dtype))
     embed = jax.jit(functools.partial(make_embed(model, 100), meta))
     if setting.kinds == ("shapes",):
@@ -325,9 +323,7 @@ def train(
 def job(config: Config) -> None:
     """The whole run."""
     check(config)
-    setting = meta_active.Setting(
-        meta_active.Config(source=config.source, target=config.target, seed=config.seed, data_dir=config.data_dir)
-    )
+    setting = meta_active.Setting(main_config(config))
     with arguments():
         network = make_network(config)
         sampler = make_sampler(config)
@@ -343,7 +339,8 @@ def job(config: Config) -> None:
 
     def compute() -> list[dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), 7)
-        need = Need(k=config.batch_size, classes=config.ways, learner=learner, refit=refit, loss_learner=learner)
+        need = Need(k=config.batch_size, rounds=config.budget // config.batch_size, classes=config.ways,
+                    learner=learner, refit=refit, loss_learner=learner)  # fmt: skip
         compared = {"policy": (judged, params), "start": (judged, judged.init(key))}
         compared |= {name: (make_policy(name, need), ()) for name in RULES}
         found = []

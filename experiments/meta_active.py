@@ -28,7 +28,7 @@ from meta_learners import meta_learner_of
 from meta_training import make_meta_job, meta_data, meta_restore, meta_train
 from metaal_jax import data, tasks
 from metaal_jax.base import Batch
-from registry import ALIASES, STRATEGIES, find, listing
+from registry import find, listing, strategy_names
 from report import Study, comparisons, picture, result_rows, table, write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
 
@@ -189,7 +189,7 @@ class Setting:
         self.pool = config.pool if config.pool is not None else min(5000, int(0.6 * len(target_train.y)))
         self.test = min(config.test, len(target_test.y))
         # Rows beside the pool, for strategies that choose by them; all arms then draw their pools in the same way.
-        self.held_out = HELD_OUT if any(find(name).held_out for name in strategy_names(config)) else 0
+        self.held_out = HELD_OUT if any(find(name).held_out for name in strategy_names(config.strategies)) else 0
         most = len(target_train.y) - self.held_out
         if not 1 <= self.pool <= most:
             beside = f" beside the {self.held_out} held out" if self.held_out else ""
@@ -262,12 +262,7 @@ def check(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if config.members < 2:
         raise UsageError(f"--members {config.members} must be at least 2")
     plain = [name for name in LEARNERS if "+" not in name]
-    return names(config.learners, plain, "learner", LEARNERS), strategy_names(config)
-
-
-def strategy_names(config: Config) -> tuple[str, ...]:
-    """The names in `--strategies`, checked."""
-    return names(config.strategies, STRATEGIES, "strategy", ALIASES)
+    return names(config.learners, plain, "learner", LEARNERS), strategy_names(config.strategies)
 
 
 def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, metas: dict, arms: list):

@@ -1,14 +1,18 @@
 """Query strategies by name, for command lines. The library itself takes functions."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax import Array
 
-from metaal_jax import acquisition
+from metaal_jax import acquisition, policies
 from metaal_jax.base import Learner, Policy, Problem, PyTree
+from runs import UsageError, names
 
 CANDIDATES = 200
+LEARNED = "learned:"
 
 
 class Need(NamedTuple):
@@ -16,6 +20,7 @@ class Need(NamedTuple):
 
     Attributes:
       k: rows a round.
+      rounds: of a run.
       classes: of the target.
       learner: the single base learner, for rules that take its gradients.
       refit: what rules refit by the thousand: the base learner, or a quicker form of it.
@@ -23,6 +28,7 @@ class Need(NamedTuple):
     """
 
     k: int
+    rounds: int
     classes: int
     learner: Learner
     refit: Learner
@@ -193,6 +199,17 @@ STRATEGIES: dict[str, Strategy] = {
         params=_truth,
     ),
 }  # fmt: skip
+ARMED = ("random", "margin", "typical", "max_herding")
+# Known by name, and not among "all": they are made of other rules.
+ADAPTIVE: dict[str, Strategy] = {
+    name: Strategy(
+        f"{line}: {', '.join(ARMED)}",
+        lambda need, bandit=bandit: bandit(
+            [find(rule).make(need) for rule in ARMED], k=need.k, horizon=need.rounds
+        ),
+    )
+    for name, bandit, line in (("albl", policies.albl, "active learning by learning, a bandit over rules"),)
+}  # fmt: skip
 # Other spellings; `committee` is what the main job's first results call BALD.
 ALIASES = {"committee": "bald", "coreset": "k_center"} | {
     name.replace("_", ""): name for name in STRATEGIES if "_" in name
@@ -207,8 +224,59 @@ def listing() -> str:
 
 
 def find(name: str) -> Strategy:
-    """The strategy of a name or an alias."""
-    return STRATEGIES[ALIASES.get(name, name)]
+    """The strategy of a name or an alias, or a trained policy, `learned:NAME` or `learned:PATH`.
+
+    With `~FEATURE` behind it, a trained policy sees that feature in a random order: what it is worth without.
+
+    Raises:
+      ValueError: for a policy that cannot be loaded.
+    """
+    if not name.startswith(LEARNED):
+        return {**STRATEGIES, **ADAPTIVE}[ALIASES.get(name, name)]
+    place, _, feature = name.removeprefix(LEARNED).partition("~")
+    saved = policies.load(place)
+    network = Scrambled(saved.network, feature) if feature else saved.network
+    return Strategy(
+        f"trained by {saved.about.get('way')} on {saved.about.get('source')}",
+        lambda need: policies.learned(network, k=need.k),
+        params=lambda problem: saved.params,
+    )
+
+
+class Scrambled:
+    """A network that sees one of the rows' features in an order that has nothing to do with the rows."""
+
+    def __init__(self, network: Any, feature: str):
+        """Raises `ValueError` for a name that is no row feature."""
+        if feature not in policies.features.ROWS:
+            raise ValueError(f"no row feature is named {feature!r}; choose from {', '.join(policies.features.ROWS)}")
+        self.network, self.place = network, policies.features.ROWS.index(feature)
+
+    def init(self, *args: Any) -> PyTree:
+        """As the network's."""
+        return self.network.init(*args)
+
+    def apply(self, params: PyTree, rows: Array, situation: Array, mask: Array) -> Any:
+        """As the network's, with the feature's two columns from other rows."""
+        columns = jnp.asarray([self.place, self.place + len(policies.features.ROWS)])
+        # Rows that count swap with rows that count.
+        order = jnp.argsort(jax.random.uniform(jax.random.key(0), mask.shape) + 2.0 * ~mask)
+        place = jnp.argsort(~mask, stable=True)
+        other = jnp.zeros_like(order).at[place].set(order)
+        return self.network.apply(params, rows.at[:, columns].set(rows[other][:, columns]), situation, mask)
+
+
+def strategy_names(text: str) -> tuple[str, ...]:
+    """Comma-separated names of strategies, bandits and trained policies, checked; raises `UsageError`."""
+    given = [part.strip() for part in text.split(",")]
+    trained = [name for name in given if name.startswith(LEARNED)]
+    found = names(text, STRATEGIES, "strategy", (*ALIASES, *ADAPTIVE, *trained))
+    for name in trained:
+        try:
+            find(name)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    return found
 
 
 def make_policy(name: str, need: Need, posterior: Learner | None = None) -> Policy:

@@ -145,7 +145,7 @@ class RunFolder:
 
     def step(self, name: str, compute: Callable[[], Records], *, again: bool = False) -> Records:
         """The records of a step: read if it is finished (unless `again`), else computed and kept."""
-        file = self.path / "steps" / f"{name}.jsonl"
+        file = self._file(name)
         if file.exists() and not again:
             records = [json.loads(line) for line in file.read_text().splitlines()]
         else:
@@ -160,7 +160,11 @@ class RunFolder:
 
     def done(self, name: str) -> bool:
         """Whether a step is finished."""
-        return (self.path / "steps" / f"{name}.jsonl").exists()
+        return self._file(name).exists()
+
+    def _file(self, name: str) -> Path:
+        # A name may hold a path, that of a trained policy.
+        return self.path / "steps" / f"{re.sub(r'[^A-Za-z0-9_.+~-]', '_', name)}.jsonl"
 
     def seconds(self) -> float:
         """Seconds that all finished steps took, over all continuations of the run."""

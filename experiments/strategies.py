@@ -37,7 +37,7 @@ from metaal_jax import learners, models, tasks
 from metaal_jax.base import Learner, Problem, PyTree
 from metaal_jax.loop import active_learner
 from metaal_jax.metrics import Score
-from registry import ALIASES, CANDIDATES, STRATEGIES, Need, find, listing, make_policy
+from registry import ALIASES, CANDIDATES, STRATEGIES, Need, find, listing, make_policy, strategy_names
 from runs import RunFolder, UsageError, arguments, main, names, round_to
 from side_by_side import side_by_side
 from strategy_report import Cell, report
@@ -48,6 +48,7 @@ CONDITIONS: dict[str, dict[str, float]] = {
     "wrong": {"wrong": 0.2},
     "unbalanced": {"imbalance": 10.0},
 }
+SEEDS_AT_ONCE = 8  # of a program; more would only take memory
 EMBEDDINGS = {"meta": "of the main job's meta-learned network", "untrained": "of the same network, untrained"}
 
 
@@ -133,7 +134,7 @@ class Plan(NamedTuple):
 
 def make_plan(config: Config) -> Plan:
     """Checks the names and numbers; costly strategies first, so that no core waits at the end."""
-    named = lambda text: tuple(ALIASES.get(n, n) for n in names(text, STRATEGIES, "strategy", ALIASES))  # noqa: E731
+    named = lambda text: tuple(ALIASES.get(n, n) for n in strategy_names(text))  # noqa: E731
     chosen = tuple(STRATEGIES) if config.strategies == "all" else named(config.strategies)
     single = () if config.one_by_one in ("", "none") else named(config.one_by_one)
     conditions = names(config.conditions, CONDITIONS, "condition")
@@ -175,13 +176,13 @@ def make_plan(config: Config) -> Plan:
     return Plan(tuple(programs), tuple((e, c) for e in embeddings for c in conditions))
 
 
-def main_config(config: Config) -> meta_active.Config:
+def main_config(config: Any) -> meta_active.Config:
     """The main job's config for the same source and target."""
     return meta_active.Config(source=config.source, target=config.target, seed=config.seed, data_dir=config.data_dir,
                               meta_run=config.meta_run)  # fmt: skip
 
 
-def main_network(config: Config, setting: meta_active.Setting, folder: RunFolder) -> PyTree:
+def main_network(config: Any, setting: meta_active.Setting, folder: RunFolder) -> PyTree:
     """The main job's meta-learned network: restored from its run folder, or trained here with the same keys."""
     job_config = main_config(config)
     meta_job = make_meta_job(job_config, setting)
@@ -239,6 +240,7 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
         posterior = learners.laplace(learner, members=members, prior_precision=config.prior_precision)
     need = Need(
         k=k,
+        rounds=budget // k,
         classes=classes,
         learner=learner,
         refit=refit,
@@ -266,7 +268,14 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
 def run_program(problems: dict, task: tuple, send: Any) -> None:
     """Compiles one program, runs it in all wanted places and sends the records of each."""
     config, classes, (strategy, k, budget), wanted = task
-    run = jax.jit(jax.vmap(make_run(config, classes, strategy, k, budget), in_axes=(0, 0, None)))
+    one = make_run(config, classes, strategy, k, budget)
+
+    @jax.jit
+    def run(keys: jax.Array, problems: Problem, wrong: jax.Array) -> tuple[Score, jax.Array]:
+        if config.seeds <= SEEDS_AT_ONCE:
+            return jax.vmap(one, in_axes=(0, 0, None))(keys, problems, wrong)
+        return jax.lax.map(lambda each: one(*each, wrong), (keys, problems), batch_size=SEEDS_AT_ONCE)
+
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2), config.seeds)
     compiled = None
     for cell in wanted:

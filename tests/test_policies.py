@@ -167,7 +167,7 @@ class TestFeatures:
         assert not after.available[11]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", ["linear", "set"])
 class TestLearned:
     @pytest.mark.parametrize("k", [1, 3])
     @pytest.mark.parametrize("sample", [False, True])

@@ -24,6 +24,7 @@ LEARNER = learners.fine_tune(MODEL, optimizer=optax.sgd(0.3), steps=2)
 NEED = Need(
     refit=LEARNER,
     k=K,
+    rounds=3,
     classes=CLASSES,
     learner=LEARNER,
     loss_learner=learners.loss_predictor(MODEL, optimizer=optax.sgd(0.3), steps=2, hidden=4),

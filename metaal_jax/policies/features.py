@@ -55,13 +55,14 @@ from metaal_jax.acquisition.influence import head_gradient_length
 from metaal_jax.acquisition.uncertainty import entropy_of
 from metaal_jax.base import PoolView, require
 from metaal_jax.losses import consensus, weighted_mean
-from metaal_jax.rows import squared_distances
+from metaal_jax.rows import in_chunks, squared_distances
 
 ROWS = ("confidence", "margin", "entropy", "disagreement", "change", "flip", "rise", "nearness", "density",
         "typicality", "coverage", "uncertain_cover", "around", "filled", "dissent")  # fmt: skip
 SITUATION = ("spent", "labels", "seen", "balance", "entropy", "margin", "disagreement", "covered", "flips", "surprise",
              "classes", "batch")  # fmt: skip
 NEIGHBOURS = 10
+CHUNK = 1000
 REMEMBERED = 0.8
 
 
@@ -74,7 +75,7 @@ class Geometry(NamedTuple):
       anchor: int32 `[a]`, pool rows.
       weight: float32 `[a]`, adding up to 1; 0 for anchors that do not exist.
       width: float32 `[]`, squared.
-      typicality: float32 `[n]`.
+      density, typicality: float32 `[n]`.
     """
 
     embedding: Array
@@ -82,6 +83,7 @@ class Geometry(NamedTuple):
     anchor: Array
     weight: Array
     width: Array
+    density: Array
     typicality: Array
 
 
@@ -154,9 +156,9 @@ def pool_geometry(key: Array, view: PoolView, *, anchors: int = 1000) -> Geometr
     itself = jnp.arange(embedding.shape[0])[:, None] == anchor
     others = jnp.clip(found.sum() - (itself & found).any(-1), 1, NEIGHBOURS)
     nearest = lax.top_k(jnp.where(itself, 0.0, kernel), min(NEIGHBOURS, anchor.shape[0]))[0].sum(-1) / others
-    weight = found / jnp.maximum(found.sum(), 1)
+    weight = (found / jnp.maximum(found.sum(), 1)).astype(jnp.float32)
     return Geometry(
-        embedding=embedding, kernel=kernel, anchor=anchor, weight=weight.astype(jnp.float32), width=width,
+        embedding=embedding, kernel=kernel, anchor=anchor, weight=weight, width=width, density=kernel @ weight,
         typicality=nearest,
     )  # fmt: skip
 
@@ -214,24 +216,32 @@ def observe(
     labelled = view.labelled_index >= 0
     answered = (view.labelled.weight > 0) & labelled
     place = jnp.maximum(view.labelled_index, 0)
-    near = jnp.exp(-squared_distances(geometry.embedding, geometry.embedding[place]) / geometry.width) * labelled
-    nearness = near.max(-1, initial=0.0)
     covered = jnp.where(labelled, geometry.kernel[place].T, 0.0).max(-1, initial=0.0)
     interest = jnp.where(geometry.weight > 0, 1.0 - margin[geometry.anchor], 0.0)
-    gain = jnp.maximum(geometry.kernel - covered, 0.0)
-    density = geometry.kernel @ geometry.weight
-    around = geometry.kernel @ (geometry.weight * interest) / jnp.maximum(density, 1e-9)
+    doubt = geometry.weight * interest
     truth = jax.nn.one_hot(view.labelled.y, c) * answered[:, None]
     count = truth.sum(0)
     share = c * count / jnp.maximum(count.sum(), 1.0)
     filled = probs @ (share / (1.0 + share))
-    # One part in a hundred for "any class", so that far from all labels nothing is said.
-    nearby = (near @ truth + 0.01 / c) / (near @ answered.astype(jnp.float32) + 0.01)[:, None]
-    dissent = 1.0 - (probs * nearby).sum(-1)
+    known = geometry.embedding[place]
+
+    def places(part: tuple[Array, Array, Array]) -> tuple[Array, ...]:
+        embedding, kernel, probs = part
+        near = jnp.exp(-squared_distances(embedding, known) / geometry.width) * labelled
+        # One part in a hundred for "any class", so that far from all labels nothing is said.
+        nearby = (near @ truth + 0.01 / c) / (near @ answered.astype(jnp.float32) + 0.01)[:, None]
+        gain = jnp.maximum(kernel - covered, 0.0)
+        dissent = 1.0 - (probs * nearby).sum(-1)
+        return near.max(-1, initial=0.0), gain @ geometry.weight, gain @ doubt, kernel @ doubt, dissent
+
+    # Chunks whose kernels fit the cache.
+    parts = in_chunks(places, (geometry.embedding, geometry.kernel, probs), CHUNK)
+    nearness, coverage, uncertain_cover, around, dissent = parts
+    around = around / jnp.maximum(geometry.density, 1e-9)
 
     rows = jnp.stack(
-        [best[:, 0], margin, entropy, disagreement, change, flip, rise, nearness, density, geometry.typicality,
-         gain @ geometry.weight, gain @ (geometry.weight * interest), around, filled, dissent], axis=-1
+        [best[:, 0], margin, entropy, disagreement, change, flip, rise, nearness, geometry.density,
+         geometry.typicality, coverage, uncertain_cover, around, filled, dissent], axis=-1
     )  # fmt: skip
     available = view.available
     weight = available.astype(jnp.float32)

@@ -1,0 +1,253 @@
+"""Trained policies on a new task, beside every rule, a bandit over rules and the greedy oracle.
+
+Claim: a policy trained on problems made from CIFAR-10 alone has a larger area under the learning curve on MNIST than
+every rule of the list, which was fixed before.
+
+    python experiments/evaluate_policy.py --meta-run runs/cifar10-mnist
+    python experiments/evaluate_policy.py --policies runs/policies/cifar10-evolution/policy.json --strategies margin
+
+Cells, problems and learner are those of `strategies.py`: a linear layer on the main job's meta-learned embedding, all
+strategies on the same problems from a cold start; the oracle chooses by rows of its own. What the policy looks at is
+measured by runs in which it sees one feature in a random order.
+
+Expected: see experiments/results/policies/ and the README.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+import meta_active
+import strategies
+from metaal_jax.metrics import interval
+from metaal_jax.policies import features
+from registry import ADAPTIVE, LEARNED, STRATEGIES
+from report import write_results
+from runs import RunFolder, UsageError, arguments, command, environment, main
+from strategy_report import Cell, Table, win_picture, wins
+
+FREE = frozenset({"out", "resume", "data_dir", "save_results"})
+EMBEDDING, CONDITION = "meta", "plain"
+BOUNDS = ("random", "oracle")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compares trained policies with rules on a new task."""
+
+    policies: str = "cifar10"
+    """Comma-separated: names of policies that come with the package, or paths of saved ones."""
+    strategies: str = "all"
+    """Comma-separated rules beside them, or all."""
+    importance: bool = True
+    """Also run the first policy with each feature in a random order."""
+    batches: str = "10"
+    """Comma-separated batch sizes."""
+    budget: int = 100
+    """Labels bought in all."""
+    pool: int = 5000
+    """Pool rows."""
+    test: int = 5000
+    """Test rows."""
+    held_out: int = 300
+    """Rows beside the pool that the oracle chooses by."""
+    seeds: int = 32
+    """Seeds; seed i draws the same problem for all."""
+    source: str = "cifar10"
+    """Data set that the network was meta-trained on."""
+    target: str = "mnist"
+    """Data set of the new task."""
+    meta_run: str = "runs/cifar10-mnist"
+    """Run folder of the main job for this source and target, whose network embeds."""
+    seed: int = 100
+    """Decides everything that is drawn; another one than that of `strategies.py`."""
+    data_dir: str | None = None
+    """Where TFDS sets are prepared; by default $TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    out: str = "runs/evaluate_policy"
+    """Run folder."""
+    resume: bool = False
+    """Go on with the run in the folder."""
+    save_results: str | None = None
+    """Also write the results to this JSON file, and the picture beside it."""
+
+
+def cells_of(config: Config) -> tuple[strategies.Config, list[str], list[str]]:
+    """The comparison as one of `strategies.py`; the policies' names there, and those with a scrambled feature."""
+    trained = [LEARNED + part.strip() for part in config.policies.split(",") if part.strip()]
+    if not trained:
+        raise UsageError("--policies is empty; give names or paths")
+    scrambled = [f"{trained[0]}~{feature}" for feature in features.ROWS] if config.importance else []
+    rules = list(STRATEGIES) if config.strategies == "all" else config.strategies.split(",")
+    rules += [] if config.strategies != "all" else list(ADAPTIVE)
+    try:
+        batches = [int(part) for part in config.batches.split(",")]
+    except ValueError:
+        raise UsageError(f"--batches {config.batches!r} must be whole numbers, such as 1,10") from None
+    several = [k for k in batches if k > 1]
+    if not several:
+        raise UsageError(f"--batches {config.batches!r} must hold a number from 2 on")
+    chosen = ",".join(dict.fromkeys([*trained, *scrambled, *rules]))
+    cells = strategies.Config(
+        strategies=chosen, conditions=CONDITION, embeddings=EMBEDDING, batches=",".join(map(str, several)),
+        one_by_one=",".join(dict.fromkeys([*trained, *rules])) if 1 in batches else "none",
+        budget=config.budget, costly_budget=config.budget, pool=config.pool, test=config.test,
+        held_out=config.held_out, seeds=config.seeds, source=config.source, target=config.target,
+        meta_run=config.meta_run, seed=config.seed, best=0, data_dir=config.data_dir,
+    )  # fmt: skip
+    return cells, trained, scrambled
+
+
+def job(config: Config) -> None:
+    """The whole run."""
+    inner, trained, scrambled = cells_of(config)
+    plan = strategies.make_plan(inner)
+    main_config = dataclasses.replace(strategies.main_config(inner), seed=0)
+    setting = meta_active.Setting(main_config)
+    have = setting.problem_data.pool.y.shape[0], setting.problem_data.test.y.shape[0]
+    for name, wanted, rows in (("pool", config.pool + config.held_out, have[0]), ("test", config.test, have[1])):
+        if wanted > rows:
+            raise UsageError(f"{wanted} rows wanted for --{name}, {config.target!r} has {rows}")
+    with arguments():
+        for strategy, k, budget in plan.programs:
+            strategies.make_run(inner, setting.classes, strategy, k, budget)
+    folder = RunFolder(config.out, config, resume=config.resume, free=FREE)
+    meta = strategies.main_network(dataclasses.replace(inner, seed=0), setting, folder)
+    problems = strategies.make_problems(inner, setting, meta, plan.places)
+    table = Table(strategies.run_cells(inner, plan, setting.classes, problems, folder))
+    rows, paired, text = compare(config, table, trained, scrambled)
+    (folder.path / "table.txt").write_text(text + "\n")
+    for place in (folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])):
+        write_results(place, command=command(), environment=environment(), seconds=folder.seconds(),
+                      config=dataclasses.asdict(config), rows=rows, paired=paired)  # fmt: skip
+        picture(config, table, trained, scrambled, place.with_suffix(".png"))
+    for k in sorted({cell.batch for cell in table.labels}):
+        shown = [c for c in table.labels if c.batch == k and c.strategy not in scrambled]
+        held, won = wins(part_of(table, shown), config.budget, (EMBEDDING, CONDITION, k))
+        win_picture(held, won.astype(int), 1, folder.path / f"wins_{k}.png",
+                    f"wins by area in batches of {k}, 5 % after Holm's correction")  # fmt: skip
+    print(text)
+    print(f"\nrun folder: {folder.path}")
+
+
+def part_of(table: Table, cells: list[Cell]) -> Table:
+    """The table of some of the cells."""
+    part = Table({})
+    part.labels = {cell: table.labels[cell] for cell in cells}
+    part.values = {cell: table.values[cell] for cell in cells}
+    return part
+
+
+def compare(
+    config: Config, table: Table, trained: list[str], scrambled: list[str]
+) -> tuple[list[dict], list[dict], str]:
+    """Areas, shares of the oracle's gain, labels to targets and paired differences to every rule."""
+    from tabulate import tabulate
+
+    rows: list[dict] = []
+    paired: list[dict] = []
+    parts = []
+    for k in sorted({cell.batch for cell in table.labels}):
+        cell = lambda name, k=k: Cell(EMBEDDING, CONDITION, k, name)  # noqa: E731
+        names = [c.strategy for c in table.labels if c.batch == k and c.strategy not in scrambled]
+        area = {name: table.area(cell(name), config.budget) for name in names}
+        where = {"source": config.source, "target": config.target, "batch": k}
+
+        def add(name: str, metric: str, labels: int, values: np.ndarray, where: dict = where) -> None:
+            low = interval(values)
+            rows.append({"strategy": name, **where, "metric": metric, "labels": labels, "mean": round(low.mean, 5),
+                         "low": round(low.low, 5), "high": round(low.high, 5), "seeds": low.seeds})  # fmt: skip
+
+        lines = []
+        for name in sorted(names, key=lambda name: -area[name].mean()):
+            add(name, "area", config.budget, area[name])
+            accuracy, labels = table.values[cell(name)]["accuracy"], table.labels[cell(name)]
+            for i, n in enumerate(labels):
+                if n % max(config.budget // 10, 1) == 0:
+                    add(name, "accuracy", int(n), accuracy[:, i])
+            needed = {}
+            for goal in (0.8, 0.9):
+                reached = accuracy >= goal
+                needed[goal] = np.median(np.where(reached.any(1), labels[reached.argmax(1)], np.inf))
+                rows.append({"strategy": name, **where, "metric": f"labels_to_{round(100 * goal)}",
+                             "labels": config.budget,
+                             "median": float(needed[goal]) if np.isfinite(needed[goal]) else None})  # fmt: skip
+            share = ""
+            if all(bound in area for bound in BOUNDS):
+                gain = (area[name] - area["random"]).mean() / (area["oracle"] - area["random"]).mean()
+                rows.append({"strategy": name, **where, "metric": "share_of_oracle", "labels": config.budget,
+                             "mean": round(float(gain), 4)})  # fmt: skip
+                share = f"{gain:.2f}"
+            against = ""
+            if name not in trained:
+                both = interval(area[trained[0]] - area[name])
+                paired.append({"a": {"strategy": trained[0]}, "b": {"strategy": name}, **where, "metric": "area",
+                               "labels": config.budget, "difference": round(both.mean, 5), "low": round(both.low, 5),
+                               "high": round(both.high, 5), "seeds": both.seeds})  # fmt: skip
+                against = f"{100 * both.mean:+.2f} [{100 * both.low:+.2f}, {100 * both.high:+.2f}]"
+            low = interval(100 * area[name])
+            goals = [f"{n:.0f}" if np.isfinite(n) else f"> {config.budget}" for n in needed.values()]
+            lines.append([name, f"{low.mean:.2f} ± {low.high - low.mean:.2f}", share, *goals, against])
+        header = ["strategy", "area", "share of the oracle's gain", "to 80 %", "to 90 %", f"{trained[0]} less this"]
+        title = f"{config.target}, batches of {k}, up to {config.budget} labels, {config.seeds} seeds"
+        shown = tabulate(lines, header, stralign="right", colalign=("left",), disable_numparse=True)
+        parts.append(f"{title}\n\n{shown}")
+        held = [name for name in scrambled if cell(name) in table.labels]
+        for name in held:
+            both = interval(area[trained[0]] - table.area(cell(name), config.budget))
+            rows.append({"strategy": trained[0], **where, "metric": "importance", "feature": name.partition("~")[2],
+                         "labels": config.budget, "mean": round(both.mean, 5), "low": round(both.low, 5),
+                         "high": round(both.high, 5), "seeds": both.seeds})  # fmt: skip
+    return rows, paired, "\n\n".join(parts)
+
+
+def picture(config: Config, table: Table, trained: list[str], scrambled: list[str], path: Path) -> None:
+    """Differences to the best rule along the curve, and what each feature is worth to the policy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = sorted({cell.batch for cell in table.labels})
+    panels = len(sizes) + bool(scrambled)
+    figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 4.0), squeeze=False)
+    for axis, k in zip(axes[0], sizes, strict=False):
+        cell = lambda name, k=k: Cell(EMBEDDING, CONDITION, k, name)  # noqa: E731
+        names = [c.strategy for c in table.labels if c.batch == k and c.strategy not in scrambled]
+        rules = sorted((n for n in names if n not in trained and n != "oracle"),
+                       key=lambda n: -table.area(cell(n), config.budget).mean())  # fmt: skip
+        base = table.values[cell(rules[0])]["accuracy"]
+        for name in [*trained, *rules[1:4], *(n for n in ("oracle",) if n in names)]:
+            found = [interval(column) for column in 100 * (table.values[cell(name)]["accuracy"] - base).T]
+            axis.plot(table.labels[cell(name)], [f.mean for f in found], label=name)
+            axis.fill_between(table.labels[cell(name)], [f.low for f in found], [f.high for f in found], alpha=0.12,
+                              linewidth=0)  # fmt: skip
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_title(f"batches of {k}", fontsize=10)
+        axis.set_xlabel("labels bought")
+        axis.set_ylabel(f"accuracy less that of {rules[0]}, points")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+    if scrambled:
+        axis, k = axes[0][-1], sizes[-1]
+        base = table.area(Cell(EMBEDDING, CONDITION, k, trained[0]), config.budget)
+        found = {name.partition("~")[2]: interval(100 * (base - table.area(Cell(EMBEDDING, CONDITION, k, name),
+                 config.budget))) for name in scrambled}  # fmt: skip
+        order = sorted(found, key=lambda name: found[name].mean)
+        middle = [found[name].mean for name in order]
+        error = [[found[n].mean - found[n].low for n in order], [found[n].high - found[n].mean for n in order]]
+        axis.barh(range(len(order)), middle, xerr=error)
+        axis.set_yticks(range(len(order)), order, fontsize=8)
+        axis.set_xlabel("area lost without the feature, points")
+        axis.set_title(f"what {trained[0]} looks at", fontsize=10)
+    figure.suptitle(f"{config.source} to {config.target}, {config.seeds} seeds")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main(lambda: job(tyro.cli(Config)))

@@ -1,0 +1,129 @@
+"""Training and evaluation of policies as a user meets them: what they leave, a run that goes on, and mistakes."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metaal_jax import policies
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "experiments"
+SMALL = {
+    "source": "digits", "target": "digits", "batch_size": 2, "budget": 4, "ways": 2, "parts": 2, "pool": 40, "test": 20,
+    "held_out": 10, "validation_problems": 4, "report_problems": 4, "problems": 1, "episodes": 2, "pieces": 2,
+    "piece_steps": 1, "steps": 3, "refit_steps": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    sys.path.insert(0, str(SCRIPTS))
+    yield {name: importlib.import_module(name) for name in ("meta_active", "learn_policy", "evaluate_policy")}
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def meta_run(scripts, tmp_path_factory):
+    """A main job whose network embeds."""
+    run, script = tmp_path_factory.mktemp("policies") / "main", scripts["meta_active"]
+    script.job(script.Config(source="digits", target="digits", meta_steps=4, learners="maml", strategies="random",
+                             seeds=1, budget=10, pool=50, test=50, adapt_steps=1, out=str(run)))  # fmt: skip
+    return str(run)
+
+
+@pytest.fixture(scope="module")
+def trained(scripts, meta_run):
+    script, run = scripts["learn_policy"], Path(meta_run).parent / "evolution"
+    script.job(script.Config(**SMALL, meta_run=meta_run, out=str(run), save_policy=str(run.parent / "saved.json")))
+    return run
+
+
+def test_what_training_leaves(trained):
+    saved = policies.load(trained.parent / "saved.json")
+    assert (trained / "policy.json").read_bytes() == (trained.parent / "saved.json").read_bytes()
+    assert saved.about["held_out"]["b"] == {"strategy": "max_herding"}
+    assert (trained / "results.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((trained / "results.json").read_text())
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    areas = {name: np.mean([r["accuracy"] for r in records if r["series"] == name]) for name in ("policy", "margin")}
+    rows = {row["strategy"]: row["mean"] for row in result["rows"] if row["metric"] == "area"}
+    np.testing.assert_allclose([rows[name] for name in areas], list(areas.values()), atol=1e-4)
+    paired = next(row for row in result["paired"] if row["b"] == {"strategy": "margin"})
+    np.testing.assert_allclose(paired["difference"], areas["policy"] - areas["margin"], atol=2e-5)
+    validation = [r["validation"] for r in records if r["series"] == "train"]
+    assert len(validation) == 3
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one(scripts, meta_run, trained, tmp_path):
+    script = scripts["learn_policy"]
+    options = {**SMALL, "meta_run": meta_run, "out": str(tmp_path / "run")}
+    script.job(script.Config(**{**options, "pieces": 1}))
+    short = (tmp_path / "run" / "steps" / "piece-01.jsonl").read_bytes()
+    (tmp_path / "run" / "steps" / "report.jsonl").unlink()
+    script.job(script.Config(**options, resume=True))
+    assert (tmp_path / "run" / "steps" / "piece-01.jsonl").read_bytes() == short
+    last = [json.loads((run / "steps" / "piece-02.jsonl").read_text()) for run in (tmp_path / "run", trained)]
+    assert last[0]["validation"] == last[1]["validation"]
+    assert last[0]["grad_norm"] == last[1]["grad_norm"]
+
+
+@pytest.mark.parametrize("way", ["reinforce", "imitation"])
+def test_other_ways(scripts, meta_run, tmp_path, way):
+    script = scripts["learn_policy"]
+    script.job(script.Config(**{**SMALL, "pieces": 1, "candidates": 6}, way=way, network="row", meta_run=meta_run,
+                             out=str(tmp_path / "run")))  # fmt: skip
+    assert policies.load(tmp_path / "run" / "policy.json").about["way"] == way
+
+
+def test_evaluation_beside_rules(scripts, meta_run, trained, tmp_path):
+    script = scripts["evaluate_policy"]
+    place = str(trained / "policy.json")
+    script.job(script.Config(
+        policies=place, strategies="random,margin,albl,oracle", importance=False, batches="1,2", budget=4, pool=40,
+        test=30, held_out=10, seeds=3, source="digits", target="digits", meta_run=meta_run, out=str(tmp_path / "run"),
+        save_results=str(tmp_path / "saved" / "result.json"),
+    ))  # fmt: skip
+    assert (tmp_path / "saved" / "result.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((tmp_path / "saved" / "result.json").read_text())
+    name = f"learned:{place}"
+    areas = {(r["strategy"], r["batch"]): r["mean"] for r in result["rows"] if r["metric"] == "area"}
+    assert set(areas) == {(s, k) for s in (name, "random", "margin", "albl", "oracle") for k in (1, 2)}
+    shares = {(r["strategy"], r["batch"]): r["mean"] for r in result["rows"] if r["metric"] == "share_of_oracle"}
+    assert shares["oracle", 2] == 1
+    assert shares["random", 1] == 0
+    both = {(r["b"]["strategy"], r["batch"]): r["difference"] for r in result["paired"]}
+    np.testing.assert_allclose(both["margin", 1], areas[name, 1] - areas["margin", 1], atol=3e-5)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 5 * 2 * 3
+
+
+MISTAKES = {
+    "a way": ("learn_policy", {"way": "gradients"}, "unknown way 'gradients'; .* choose from evolution"),
+    "two ways": ("learn_policy", {"way": "ppo,reinforce"}, "give one"),
+    "odd": ("learn_policy", {"episodes": 3}, "--episodes 3 must be an even number"),
+    "pool": ("learn_policy", {"pool": 3}, "--budget 4 labels are more than --pool 3 rows"),
+    "forms": ("learn_policy", {"parts": 3}, "need 6 classes, the source has 5"),
+    "no main job": ("learn_policy", {"meta_run": "nowhere"}, "holds no finished meta-training"),
+    "policy": ("evaluate_policy", {"policies": "nobody"}, "no policy 'nobody': give one of .*cifar10"),
+    "pool rows": ("evaluate_policy", {"policies": "cifar10", "pool": 10**6}, "rows wanted for --pool"),
+    "batches": ("evaluate_policy", {"policies": "cifar10", "batches": "1"}, "must hold a number from 2 on"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_with_its_remedy(scripts, meta_run, tmp_path, capfd, name):
+    which, options, said = MISTAKES[name]
+    script = scripts[which]
+    usual = SMALL if which == "learn_policy" else {"source": "digits", "target": "digits", "strategies": "random",
+                                                   "budget": 10, "importance": False}  # fmt: skip
+    config = script.Config(**{**usual, "meta_run": meta_run, "out": str(tmp_path / "run"), **options})
+    with pytest.raises(SystemExit) as ended:
+        script.main(lambda: script.job(config))
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 2
+    assert error.startswith("error: ")
+    assert re.search(said, error), error
