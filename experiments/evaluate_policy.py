@@ -1,7 +1,7 @@
 """Trained policies on a new task, beside every rule, a bandit over rules and the greedy oracle.
 
 Claim: a policy trained on problems made from CIFAR-10 alone has a larger area under the learning curve on MNIST than
-every rule of the list, which was fixed before.
+every rule of the list, which was fixed before (the oracle, which sees labels, is no rule but a bound).
 
     python experiments/evaluate_policy.py --meta-run runs/cifar10-mnist
     python experiments/evaluate_policy.py --policies runs/policies/cifar10-evolution/policy.json --strategies margin
@@ -14,19 +14,23 @@ Expected: see experiments/results/policies/ and the README.
 """
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 import tyro
 
 import meta_active
 import strategies
+from metaal_jax import policies
 from metaal_jax.metrics import interval
 from metaal_jax.policies import features
 from registry import ADAPTIVE, LEARNED, STRATEGIES
 from report import write_results
-from runs import RunFolder, UsageError, arguments, command, environment, main
+from runs import RunFolder, UsageError, arguments, command, environment, main, write
 from strategy_report import Cell, Table, win_picture, wins
 
 FREE = frozenset({"out", "resume", "data_dir", "save_results"})
@@ -62,6 +66,8 @@ class Config:
     """Data set of the new task."""
     meta_run: str = "runs/cifar10-mnist"
     """Run folder of the main job for this source and target, whose network embeds."""
+    meta_seed: int = 0
+    """Seed of that run."""
     seed: int = 100
     """Decides everything that is drawn; another one than that of `strategies.py`."""
     data_dir: str | None = None
@@ -86,6 +92,8 @@ def cells_of(config: Config) -> tuple[strategies.Config, list[str], list[str]]:
         batches = [int(part) for part in config.batches.split(",")]
     except ValueError:
         raise UsageError(f"--batches {config.batches!r} must be whole numbers, such as 1,10") from None
+    if not set(rules) - set(BOUNDS[1:]) - set(trained):
+        raise UsageError(f"--strategies {config.strategies!r} must hold a rule to compare with, such as max_herding")
     several = [k for k in batches if k > 1]
     if not several:
         raise UsageError(f"--batches {config.batches!r} must hold a number from 2 on")
@@ -104,7 +112,7 @@ def job(config: Config) -> None:
     """The whole run."""
     inner, trained, scrambled = cells_of(config)
     plan = strategies.make_plan(inner)
-    main_config = dataclasses.replace(strategies.main_config(inner), seed=0)
+    main_config = dataclasses.replace(strategies.main_config(inner), seed=config.meta_seed)
     setting = meta_active.Setting(main_config)
     have = setting.problem_data.pool.y.shape[0], setting.problem_data.test.y.shape[0]
     for name, wanted, rows in (("pool", config.pool + config.held_out, have[0]), ("test", config.test, have[1])):
@@ -114,7 +122,8 @@ def job(config: Config) -> None:
         for strategy, k, budget in plan.programs:
             strategies.make_run(inner, setting.classes, strategy, k, budget)
     folder = RunFolder(config.out, config, resume=config.resume, free=FREE)
-    meta = strategies.main_network(dataclasses.replace(inner, seed=0), setting, folder)
+    check_policies(folder, trained)
+    meta = strategies.main_network(dataclasses.replace(inner, seed=config.meta_seed), setting, folder)
     problems = strategies.make_problems(inner, setting, meta, plan.places)
     table = Table(strategies.run_cells(inner, plan, setting.classes, problems, folder))
     rows, paired, text = compare(config, table, trained, scrambled)
@@ -126,10 +135,29 @@ def job(config: Config) -> None:
     for k in sorted({cell.batch for cell in table.labels}):
         shown = [c for c in table.labels if c.batch == k and c.strategy not in scrambled]
         held, won = wins(part_of(table, shown), config.budget, (EMBEDDING, CONDITION, k))
-        win_picture(held, won.astype(int), 1, folder.path / f"wins_{k}.png",
+        win_picture([short(name) for name in held], won.astype(int), 1, folder.path / f"wins_{k}.png",
                     f"wins by area in batches of {k}, 5 % after Holm's correction")  # fmt: skip
     print(text)
     print(f"\nrun folder: {folder.path}")
+
+
+def check_policies(folder: RunFolder, trained: list[str]) -> None:
+    """Raises `UsageError` where the folder holds cells of other policies of the same names."""
+    found = {}
+    for name in trained:
+        saved = policies.load(name.removeprefix(LEARNED))
+        leaves = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(saved.params))
+        found[name] = hashlib.sha256(repr(saved.network).encode() + leaves).hexdigest()
+    file = folder.path / "policies.json"
+    if file.exists() and json.loads(file.read_text()) != found:
+        raise UsageError(f"{folder.path} holds cells of another policy of this name; give another --out")
+    write(file, json.dumps(found, indent=1) + "\n")
+
+
+def short(name: str) -> str:
+    """A strategy's name for pictures: of a policy's path the folder's name."""
+    path = Path(name.removeprefix(LEARNED))
+    return f"{LEARNED}{path.parent.name}" if name.startswith(LEARNED) and path.suffix else name
 
 
 def part_of(table: Table, cells: list[Cell]) -> Table:
@@ -160,6 +188,7 @@ def compare(
             rows.append({"strategy": name, **where, "metric": metric, "labels": labels, "mean": round(low.mean, 5),
                          "low": round(low.low, 5), "high": round(low.high, 5), "seeds": low.seeds})  # fmt: skip
 
+        corrected = holm({n: area[trained[0]] - area[n] for n in names if n not in trained and n != "oracle"})
         lines = []
         for name in sorted(names, key=lambda name: -area[name].mean()):
             add(name, "area", config.budget, area[name])
@@ -185,7 +214,8 @@ def compare(
                 both = interval(area[trained[0]] - area[name])
                 paired.append({"a": {"strategy": trained[0]}, "b": {"strategy": name}, **where, "metric": "area",
                                "labels": config.budget, "difference": round(both.mean, 5), "low": round(both.low, 5),
-                               "high": round(both.high, 5), "seeds": both.seeds})  # fmt: skip
+                               "high": round(both.high, 5), "seeds": both.seeds,
+                               **({"p_holm": corrected[name]} if name in corrected else {})})  # fmt: skip
                 against = f"{100 * both.mean:+.2f} [{100 * both.low:+.2f}, {100 * both.high:+.2f}]"
             low = interval(100 * area[name])
             goals = [f"{n:.0f}" if np.isfinite(n) else f"> {config.budget}" for n in needed.values()]
@@ -201,6 +231,18 @@ def compare(
                          "labels": config.budget, "mean": round(both.mean, 5), "low": round(both.low, 5),
                          "high": round(both.high, 5), "seeds": both.seeds})  # fmt: skip
     return rows, paired, "\n\n".join(parts)
+
+
+def holm(differences: dict[str, np.ndarray]) -> dict[str, float]:
+    """Two-sided p-values of paired t-tests, corrected by Holm's method for their number."""
+    from scipy.stats import ttest_1samp
+
+    p = {name: float(ttest_1samp(d, 0.0).pvalue) if np.ptp(d) > 1e-9 else 1.0 for name, d in differences.items()}
+    found, largest = {}, 0.0
+    for place, name in enumerate(sorted(p, key=lambda name: p[name])):
+        largest = max(largest, min(1.0, p[name] * (len(p) - place)))
+        found[name] = float(f"{largest:.3g}")
+    return found
 
 
 def picture(config: Config, table: Table, trained: list[str], scrambled: list[str], path: Path) -> None:
@@ -221,7 +263,7 @@ def picture(config: Config, table: Table, trained: list[str], scrambled: list[st
         base = table.values[cell(rules[0])]["accuracy"]
         for name in [*trained, *rules[1:4], *(n for n in ("oracle",) if n in names)]:
             found = [interval(column) for column in 100 * (table.values[cell(name)]["accuracy"] - base).T]
-            axis.plot(table.labels[cell(name)], [f.mean for f in found], label=name)
+            axis.plot(table.labels[cell(name)], [f.mean for f in found], label=short(name))
             axis.fill_between(table.labels[cell(name)], [f.low for f in found], [f.high for f in found], alpha=0.12,
                               linewidth=0)  # fmt: skip
         axis.axhline(0, color="black", linewidth=0.8)
@@ -241,7 +283,7 @@ def picture(config: Config, table: Table, trained: list[str], scrambled: list[st
         axis.barh(range(len(order)), middle, xerr=error)
         axis.set_yticks(range(len(order)), order, fontsize=8)
         axis.set_xlabel("area lost without the feature, points")
-        axis.set_title(f"what {trained[0]} looks at", fontsize=10)
+        axis.set_title(f"what {short(trained[0])} looks at", fontsize=10)
     figure.suptitle(f"{config.source} to {config.target}, {config.seeds} seeds")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,14 +10,17 @@ The main job's meta-learned network embeds everything once. A problem's classes 
 in uneven shares: shapes drawn from the source's images at several strengths of distortion, without any label, or, of
 sources such as Omniglot, the source's own classes. A linear layer is trained on the embedding after every batch, as in
 `strategies.py`, and the policy is rewarded with the area under the learning curve. Problems of forms that training does
-not see choose the checkpoint; others, drawn after that, are what is reported, paired with rules on the same problems.
-The new task is not looked at.
+not see choose the checkpoint; problems of still other forms are what is reported, paired with rules on the same
+problems. (Of a source's own classes with too few of them, the held-out forms are other images of the same classes.) The
+new task is not looked at. How many pieces there are is a matter of time: the seed decides what each of them gives.
 
 Expected: see experiments/results/policies/ and the README.
 """
 
 import dataclasses
 import functools
+import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +41,7 @@ from metaal_jax.base import Learner, Policy, Problem, PyTree
 from metaal_jax.metrics import interval
 from metaal_jax.policies import features
 from metaal_jax.policies.episodes import episode
-from registry import Need, make_policy
+from registry import ALIASES, Need, find, make_policy, strategy_names
 from report import write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
 from strategies import linear_learners, main_config, main_network
@@ -52,7 +55,6 @@ WAYS = {
     "classification": "whether a row's label helps, as a classifier",
 }
 NETWORKS = ("linear", "row", "set")
-RULES = ("random", "margin", "typiclust", "max_herding")
 BASELINE = "max_herding"
 # A run may go on for longer: what is there stays as it is.
 FREE = frozenset({"out", "resume", "data_dir", "save_results", "save_policy", "minutes", "pieces"})
@@ -99,7 +101,7 @@ class Config:
     forms: int = 560
     """Shape classes for training, at each strength."""
     validation_forms: int = 140
-    """Shape classes for validation and report, at each strength."""
+    """Shape classes for validation, and as many others for the report, at each strength."""
     examples: int = 120
     """Examples of each."""
     strengths: str = "0.6,0.9,1.2,1.5,1.8"
@@ -108,6 +110,8 @@ class Config:
     """Problems that choose the checkpoint."""
     report_problems: int = 200
     """Problems of the report."""
+    rules: str = "random,margin,typiclust,max_herding"
+    """Comma-separated rules in the report; max_herding, the one that counts, among them."""
 
     problems: int = 8
     """Problems of a step."""
@@ -130,6 +134,8 @@ class Config:
     refit_steps: int = 20
     """Steps of the linear layer where labels are tried."""
 
+    meta_seed: int = 0
+    """Seed of the main job's run."""
     seed: int = 0
     """Decides everything that is drawn."""
     data_dir: str | None = None
@@ -151,12 +157,40 @@ def check(config: Config) -> None:
             raise UsageError(f"--{what} {text!r}: give one; choose from {', '.join(known)}")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if isinstance(value, int) and not isinstance(value, bool) and field.name != "seed" and value < 1:
+        if isinstance(value, int) and not isinstance(value, bool) and not field.name.endswith("seed") and value < 1:
             raise UsageError(f"--{field.name.replace('_', '-')} {value} must be at least 1")
     if config.way in ("evolution", "reinforce") and (config.episodes < 2 or config.episodes % 2):
         raise UsageError(f"--episodes {config.episodes} must be an even number from 2 on")
+    strengths_of(config)
+    if config.candidates < config.batch_size:
+        raise UsageError(f"--candidates {config.candidates} are fewer than --batch-size {config.batch_size}")
+    rules = rules_of(config)
+    plain = [name for name in rules if not find(name).committee and not find(name).costly and name != "predicted_loss"]
+    if BASELINE not in rules or len(plain) < len(rules):
+        raise UsageError(f"--rules {config.rules!r} must hold {BASELINE}, and none that asks more than one plain model")
     if config.budget > config.pool:
         raise UsageError(f"--budget {config.budget} labels are more than --pool {config.pool} rows")
+
+
+def rules_of(config: Config) -> tuple[str, ...]:
+    """The rules of the report."""
+    return tuple(ALIASES.get(name, name) for name in strategy_names(config.rules))
+
+
+def strengths_of(config: Config) -> list[float]:
+    """The strengths of distortion."""
+    try:
+        found = [float(part) for part in config.strengths.split(",")]
+    except ValueError:
+        raise UsageError(f"--strengths {config.strengths!r} must be numbers with commas between them") from None
+    if min(found) <= 0:
+        raise UsageError(f"--strengths {config.strengths!r} must be above 0")
+    return found
+
+
+def main_job(config: Config) -> Config:
+    """The config with the seed of the main job."""
+    return dataclasses.replace(config, seed=config.meta_seed)
 
 
 def make_network(config: Config) -> Any:
@@ -164,7 +198,10 @@ def make_network(config: Config) -> Any:
     prior = policies.prior(uncertain_cover=config.start)
     if config.network == "linear":
         moving = tuple(features.SITUATION.index(name) for name in ("labels", "margin"))
-        return models.LinearNetwork(situation=moving, prior=prior)
+        # A single model has no disagreement: its factors would be noise.
+        place = features.ROWS.index("disagreement")
+        ignored = (place, place + len(features.ROWS))
+        return models.LinearNetwork(ignored=ignored, situation=moving, prior=prior)
     return {"row": models.RowNetwork, "set": models.SetNetwork}[config.network](prior=prior)
 
 
@@ -178,45 +215,47 @@ def make_trainer(config: Config, sampler: Callable, network: Any) -> policies.Po
         "chunk": 1 if jax.default_backend() == "cpu" else None,
     }  # fmt: skip
     greedy = functools.partial(policies.learned, network, k=k, anchors=config.anchors)
-    drawn = greedy(sample=True, candidates=max(config.candidates, k))
+    drawn = greedy(sample=True, candidates=config.candidates)
     if config.way == "evolution":
         return policies.evolution(learner, greedy(), sampler, problems=config.problems, pairs=config.episodes // 2,
                                   deviation=config.deviation, **common)  # fmt: skip
     if config.way == "reinforce":
         return policies.reinforce(learner, drawn, sampler, problems=config.problems, rollouts=config.episodes, **common)
     if config.way == "ppo":
-        return policies.ppo(learner, drawn, sampler, episodes=config.problems, **common)
+        parts = math.gcd(4, config.problems * (config.budget // k))
+        return policies.ppo(learner, drawn, sampler, episodes=config.problems, minibatches=parts, **common)
     return policies.supervised(learner, drawn, sampler, target=config.way, refit=refit, episodes=config.problems,
                                expert_steps=config.piece_steps // 2, **common)  # fmt: skip
 
 
-def embedded_forms(config: Config, setting: Any, folder: RunFolder) -> tuple[PyTree, PyTree]:
-    """The forms that problems are composed of, embedded: for training and held out, `ClassData` with leaves `[s, ...]`.
+def embedded_forms(config: Config, setting: Any, folder: RunFolder) -> tuple[PyTree, PyTree, PyTree]:
+    """The forms that problems are composed of, embedded: for training, validation and report.
 
-    `s` counts strengths of distortion, 1 for a source's own classes.
+    `ClassData` with leaves `[s, ...]`; `s` counts strengths of distortion, 1 for a source's own classes.
     """
-    meta = main_network(config, setting, folder)
+    meta = main_network(main_job(config), setting, folder)
     model = make_model(setting.classes, setting.shape, main_config(config))
     meta = without_head(model, meta, jnp.zeros((1, *setting.shape), setting.train_source.x.dtype))
     embed = jax.jit(functools.partial(make_embed(model, 100), meta))
+    found = []
     if setting.kinds == ("shapes",):
-        try:
-            strengths = [float(part) for part in config.strengths.split(",")]
-        except ValueError:
-            raise UsageError(f"--strengths {config.strengths!r} must be numbers with commas between them") from None
-        wanted = ((setting.train_source.x, config.forms), (setting.validation_source.x, config.validation_forms))
-        found = []
+        held = setting.validation_source.x
+        wanted = ((setting.train_source.x, config.forms), *[(held, config.validation_forms)] * 2)
         for part, (images, count) in enumerate(wanted):
             key = jax.random.fold_in(jax.random.key(config.seed), part)
             banks = [draw_forms(jax.random.fold_in(key, i), images, count, config.examples, strength, embed)
-                     for i, strength in enumerate(tqdm(strengths, desc="drawing forms"))]  # fmt: skip
+                     for i, strength in enumerate(tqdm(strengths_of(config), desc="drawing forms"))]  # fmt: skip
             found.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *banks))
-        return found[0], found[1]
-    own = []
-    for part in (setting.train_source, setting.validation_source):
-        x = np.concatenate([np.asarray(embed(part.x[i : i + 5000])) for i in range(0, len(part.x), 5000)])
-        own.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tasks.class_data(x, part.y)))
-    return own[0], own[1]
+        return found[0], found[1], found[2]
+    held = setting.validation_source
+    # Every other class is for validation; where they are too few, every other image of each.
+    by_class = len(np.unique(held.y)) >= 2 * config.ways * config.parts
+    turn = np.unique(held.y, return_inverse=True)[1] if by_class else np.argsort(np.argsort(held.y, kind="stable"))
+    for rows, part in ((slice(None), setting.train_source), (turn % 2 == 0, held), (turn % 2 == 1, held)):
+        x = part.x[rows]
+        z = np.concatenate([np.asarray(embed(x[i : i + 5000])) for i in range(0, len(x), 5000)])
+        found.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tasks.class_data(z, part.y[rows])))
+    return found[0], found[1], found[2]
 
 
 def draw_forms(
@@ -276,22 +315,27 @@ def areas(config: Config, policy: Policy, learner: Learner, sampler: Callable) -
 
 
 def train(
-    config: Config, folder: RunFolder, trainer: policies.PolicyTrainer, judge: Callable, forms: tuple[PyTree, PyTree],
-    meta: PyTree,
-) -> tuple[PyTree, list[dict]]:  # fmt: skip
-    """Trains in pieces until the time is spent; the parameters that validation chose, and the records."""
+    config: Config, folder: RunFolder, trainer: policies.PolicyTrainer, judge: Callable, forms: tuple, meta: PyTree,
+) -> tuple[PyTree, int, list[dict]]:  # fmt: skip
+    """Trains in pieces until the time is spent; the parameters that validation chose, their piece, and the records."""
     init_key, run_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
     state = jax.jit(trainer.init)(init_key, meta, forms[0])
     run = jax.jit(functools.partial(trainer.run, steps=config.piece_steps))
-    path = lambda piece: folder.path / "checkpoints" / f"piece_{piece:02d}"  # noqa: E731
+    path = lambda piece, what="params": folder.path / "checkpoints" / f"{what}_{piece:02d}"  # noqa: E731
     shape = state
     records: list[dict] = []
 
     def validated(params: PyTree) -> float:
         return round_to(judge(validation_key, params, forms[1], config.validation_problems).mean())
 
+    def keep(piece: int) -> None:
+        checkpoint.save(path(piece), state.params)
+        checkpoint.save(path(piece, "state"), state)
+        # The state may be large, with what a trainer remembers; the one before is for a run that is killed here.
+        shutil.rmtree(path(piece - 2, "state"), ignore_errors=True)
+
     def begin() -> list[dict]:
-        checkpoint.save(path(0), state)
+        keep(0)
         return [{"series": "train", "at": 0, "seconds": 0.0, "validation": validated(state.params)}]
 
     records += folder.step("piece-00", begin)
@@ -301,12 +345,12 @@ def train(
         def compute(piece: int = piece, before: float = records[-1]["seconds"]) -> list[dict]:
             nonlocal state, loaded
             if loaded != piece - 1:
-                state = jax.device_put(checkpoint.restore(path(piece - 1), shape))
+                state = jax.device_put(checkpoint.restore(path(piece - 1, "state"), shape))
             start = time.perf_counter()
             state, metrics = jax.block_until_ready(run(run_key, state, forms[0]))
             seconds = before + time.perf_counter() - start
             loaded = piece
-            checkpoint.save(path(piece), state)
+            keep(piece)
             return [{"series": "train", "at": piece * config.piece_steps, "seconds": round(seconds, 1),
                      "validation": validated(state.params),
                      **{name: round_to(values.mean()) for name, values in metrics.items()}}]  # fmt: skip
@@ -317,13 +361,13 @@ def train(
         for name in sorted(set(records[-1]) - {"series", "at"}):
             folder.board(f"train/{name}", records[-1][name], records[-1]["at"])
     best = int(np.argmax([record["validation"] for record in records]))
-    return jax.device_put(checkpoint.restore(path(best), shape)).params, records
+    return jax.device_put(checkpoint.restore(path(best), shape.params)), best, records
 
 
 def job(config: Config) -> None:
     """The whole run."""
     check(config)
-    setting = meta_active.Setting(main_config(config))
+    setting = meta_active.Setting(main_config(main_job(config)))
     with arguments():
         network = make_network(config)
         sampler = make_sampler(config)
@@ -334,23 +378,24 @@ def job(config: Config) -> None:
                        free=FREE)  # fmt: skip
     forms = embedded_forms(config, setting, folder)
     with arguments():
-        meta = learner.init(jax.random.key(config.seed), sampler(jax.random.key(0), forms[0]).x)
-    params, records = train(config, folder, trainer, areas(config, judged, learner, sampler), forms, meta)
+        for bank in forms:
+            meta = learner.init(jax.random.key(config.seed), sampler(jax.random.key(0), bank).x)
+    params, best, records = train(config, folder, trainer, areas(config, judged, learner, sampler), forms, meta)
 
     def compute() -> list[dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), 7)
         need = Need(k=config.batch_size, rounds=config.budget // config.batch_size, classes=config.ways,
                     learner=learner, refit=refit, loss_learner=learner)  # fmt: skip
         compared = {"policy": (judged, params), "start": (judged, judged.init(key))}
-        compared |= {name: (make_policy(name, need), ()) for name in RULES}
+        compared |= {name: (make_policy(name, need), ()) for name in rules_of(config)}
         found = []
         for name, (policy, own) in tqdm(compared.items(), desc="report"):
-            accuracy = areas(config, policy, learner, sampler)(key, own, forms[1], config.report_problems)
+            accuracy = areas(config, policy, learner, sampler)(key, own, forms[2], config.report_problems)
             found += [{"series": name, "problem": i, "accuracy": [round_to(v) for v in row]}
                       for i, row in enumerate(np.asarray(accuracy))]  # fmt: skip
         return found
 
-    judged_records = folder.step("report", compute)
+    judged_records = folder.step(f"report-{best:02d}", compute)
     curves = {name: np.asarray([r["accuracy"] for r in judged_records if r["series"] == name])
               for name in dict.fromkeys(r["series"] for r in judged_records)}  # fmt: skip
     rows, paired = result_rows(config, curves, records)

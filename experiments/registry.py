@@ -233,7 +233,9 @@ def find(name: str) -> Strategy:
     """
     if not name.startswith(LEARNED):
         return {**STRATEGIES, **ADAPTIVE}[ALIASES.get(name, name)]
-    place, _, feature = name.removeprefix(LEARNED).partition("~")
+    place, _, feature = name.removeprefix(LEARNED).rpartition("~")
+    if feature not in policies.features.ROWS:
+        place, feature = name.removeprefix(LEARNED), ""
     saved = policies.load(place)
     network = Scrambled(saved.network, feature) if feature else saved.network
     return Strategy(
@@ -247,9 +249,7 @@ class Scrambled:
     """A network that sees one of the rows' features in an order that has nothing to do with the rows."""
 
     def __init__(self, network: Any, feature: str):
-        """Raises `ValueError` for a name that is no row feature."""
-        if feature not in policies.features.ROWS:
-            raise ValueError(f"no row feature is named {feature!r}; choose from {', '.join(policies.features.ROWS)}")
+        """`feature` is a name of `features.ROWS`."""
         self.network, self.place = network, policies.features.ROWS.index(feature)
 
     def init(self, *args: Any) -> PyTree:

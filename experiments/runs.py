@@ -2,7 +2,8 @@
 
 A run is a sequence of named steps. Each finished step is one small file, written whole or not at all, and the metrics
 are those files strung together in the order of the steps: a run that was killed and resumed ends with the same bytes
-as one that was not. Times are kept apart, in `times.jsonl`, because they never repeat.
+as one that was not. Times are kept apart, in `times.jsonl`, because they never repeat (but for those of
+`learn_policy.py`, whose length is a matter of time).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -164,7 +166,9 @@ class RunFolder:
 
     def _file(self, name: str) -> Path:
         # A name may hold a path, that of a trained policy.
-        return self.path / "steps" / f"{re.sub(r'[^A-Za-z0-9_.+~-]', '_', name)}.jsonl"
+        plain = re.sub(r"[^A-Za-z0-9_.+~-]", "_", name)
+        mark = "" if plain == name else f"-{zlib.crc32(name.encode()):08x}"
+        return self.path / "steps" / f"{plain}{mark}.jsonl"
 
     def seconds(self) -> float:
         """Seconds that all finished steps took, over all continuations of the run."""

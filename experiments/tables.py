@@ -168,6 +168,61 @@ def few_shot_results() -> list[Path]:
     return sorted((ROOT / "experiments/results/few_shot").glob("*.json"))
 
 
+def policy_training(path: Path) -> str:
+    """What a policy reached on held-out problems of its source, beside rules on the same problems."""
+    result = json.loads(path.read_text())
+    rows = {row["strategy"]: row for row in result["rows"] if row["metric"] == "area"}
+    paired = {pair["b"]["strategy"]: pair for pair in result["paired"]}
+    trained = next(row for row in reversed(result["rows"]) if row["metric"] == "validation_area")
+    lines = [[name, _percent(row), _difference(paired.get(name))] for name, row in rows.items()]
+    table = tabulate(lines, ["on the source", "area", "policy less this"], tablefmt="github", disable_numparse=True)
+    caption = (f"`{result['command']}` ({result['device']}, {trained['seconds'] / 60:.0f} minutes of training, "
+               f"{rows['policy']['problems']} held-out problems)")  # fmt: skip
+    return f"{caption}\n\n{table}"
+
+
+def policy_evaluation(path: Path, most: int | None = None) -> str:
+    """A trained policy beside rules on a new task: the best `most` of them and a few that texts name."""
+    result = json.loads(path.read_text())
+    parts = []
+    for batch in sorted({row["batch"] for row in result["rows"]}):
+        found = {(r["strategy"], r["metric"]): r for r in result["rows"] if r["batch"] == batch}
+        areas = sorted((r for (_, metric), r in found.items() if metric == "area"), key=lambda r: -r["mean"])
+        paired = {pair["b"]["strategy"]: pair for pair in result["paired"] if pair["batch"] == batch}
+        lines = []
+        for place, row in enumerate(areas):
+            name = row["strategy"]
+            shown = name.startswith("learned:") or name in ("random", "margin", "albl", "oracle")
+            if most is not None and place >= most and not shown:
+                continue
+            needed = [found[name, f"labels_to_{goal}"]["median"] for goal in (80, 90)]
+            share = found.get((name, "share_of_oracle"))
+            lines.append([name, _percent(row), f"{share['mean']:.2f}" if share else "",
+                          *[f"> {row['labels']}" if n is None else f"{n:.0f}" for n in needed],
+                          _difference(paired.get(name))])  # fmt: skip
+        header = ["strategy", "area", "share of the oracle's gain", "to 80 %", "to 90 %", "policy less this"]
+        parts.append(f"Batches of {batch}:\n\n" + tabulate(lines, header, tablefmt="github", disable_numparse=True))
+    seeds, minutes = result["config"]["seeds"], result["seconds"] / 60
+    caption = f"`{result['command']}` ({result['device']}, {minutes:.0f} minutes, {seeds} seeds)"
+    return "\n\n".join([caption, *parts])
+
+
+def _percent(row: dict) -> str:
+    return f"{100 * row['mean']:.2f} ± {50 * (row['high'] - row['low']):.2f}"
+
+
+def _difference(pair: dict | None) -> str:
+    if pair is None:
+        return ""
+    return f"{100 * pair['difference']:+.2f} [{100 * pair['low']:+.2f}, {100 * pair['high']:+.2f}]"
+
+
+def policy_results(kind: str) -> list[Path]:
+    """The result files of `evaluate_policy.py` (`on-TARGET...`) or of `learn_policy.py` (the others)."""
+    paths = sorted((ROOT / "experiments/results/policies").glob("*.json"))
+    return [path for path in paths if path.stem.startswith("on-") == (kind == "evaluation")]
+
+
 def tables() -> dict[str, str]:
     """The tables of the project's README, by what they are drawn from."""
     found = {}
@@ -181,6 +236,10 @@ def tables() -> dict[str, str]:
         found["strategies, adapted"] = fully_adapted()
     if few_shot_results():
         found["few-shot"] = few_shot(few_shot_results())
+    for path in policy_results("training"):
+        found[str(path.relative_to(ROOT))] = policy_training(path)
+    for path in policy_results("evaluation"):
+        found[str(path.relative_to(ROOT))] = policy_evaluation(path, 8)
     for path in sorted((ROOT / "benchmarks/results").glob("*/loop.json")):
         found[str(path.relative_to(ROOT))] = benchmark(path)
     return found
@@ -208,6 +267,8 @@ def documents() -> dict[Path, str]:
             )
             text.append(f"## Batches of {batch}, up to {labels} labels\n\n"
                         f"{strategy_areas(places, batch, labels, tuple(order))}\n")  # fmt: skip
+        for path in policy_results("evaluation"):
+            text.append(f"## Trained policies, {path.stem}\n\n{policy_evaluation(path)}\n")
         found[ROOT / "experiments/results/README.md"] = "\n".join(text)
     return found
 

@@ -383,7 +383,8 @@ def composed_problems(
         problem is drawn log-evenly from 1 to that.
 
     Returns:
-      A sampler `(key, data) -> Problem`; pool, test and validation rows are distinct.
+      A sampler `(key, data) -> Problem`; pool, test and validation rows are distinct. Rows are drawn without
+      replacement, test and validation first: where a form is nearly used up, its share of the pool is smaller.
 
     Raises:
       ValueError: for numbers out of range, in the sampler for a source with fewer than `ways * parts` classes, or too

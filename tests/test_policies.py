@@ -169,8 +169,7 @@ class TestFeatures:
 
 @pytest.mark.parametrize("name", ["linear", "set"])
 class TestLearned:
-    @pytest.mark.parametrize("k", [1, 3])
-    @pytest.mark.parametrize("sample", [False, True])
+    @pytest.mark.parametrize(("k", "sample"), [(3, False), (1, True), (3, True)])
     def test_contract(self, name, k, sample, key):
         policy = policies.learned(NETWORKS[name], k=k, sample=sample, shortlist=12, anchors=10)
         check_policy(policy, key, make_view(0, 30, labelled=(1, 2), queried=(5,), padding=4), k=k)
@@ -239,6 +238,8 @@ def test_bad_arguments_are_refused():
         policies.learned(network, k=5, candidates=3)
     with pytest.raises(ValueError, match="no rules given"):
         policies.selector([], network, k=1)
+    with pytest.raises(ValueError, match="rule 0 has parameters"):
+        policies.selector([policies.learned(network, k=1)], network, k=1)
     options = {"optimizer": optax.sgd(0.1), "budget": 4}
     fixed = acquisition.top_k(acquisition.margin, k=1)
     with pytest.raises(ValueError, match="cannot be trained"):
@@ -257,6 +258,20 @@ def test_bad_arguments_are_refused():
         policies.evolution(TOY, fixed, toy_problem, deviation=0.0, **options)
     with pytest.raises(ValueError, match="capacity of 2 does not hold the 16 rounds"):
         policies.supervised(TOY, policies.learned(network, k=1), toy_problem, capacity=2, **options)
+
+
+def test_a_trained_policy_is_a_rule_like_any_other(key):
+    network = NETWORKS["linear"]
+    policy = policies.learned(network, k=2)
+    params = bent(policy.init(key), key)
+    rule = policies.fixed(policy, params)
+    view = labelled_view()
+    act = lambda policy, params: policy.act(params, policy.begin(params, key, view), key, view)[0]  # noqa: E731
+    wanted, found = jax.jit(lambda: (act(policy, params), act(rule, ())))()
+    assert found.index.tolist() == wanted.index.tolist()
+    both = policies.selector([rule, acquisition.top_k(acquisition.random, k=2)], NETWORKS["row"], k=2)
+    decision = jax.jit(lambda p: act(both, p))(both.init(key))
+    assert decision.valid.all()
 
 
 def test_a_trainer_wants_a_policy_that_draws_as_many_rows(key):

@@ -43,13 +43,16 @@ class RowNetwork(nn.Module):
 class LinearNetwork(nn.Module):
     """Scores that are linear in the rows' inputs, with factors that may move with the situation.
 
-    Few parameters, each with a meaning: what `policies.evolution` trains best, and what one can read.
+    Few parameters: what `policies.evolution` trains best.
 
     Attributes:
+      ignored: places of the rows' inputs that count as 0: those that training never saw move, whose factors would be
+        noise.
       situation: places of the situation's inputs that move the factors; `()` for fixed ones.
       prior: factors of the rows' inputs with which the scores begin, 0 for those not given.
     """
 
+    ignored: tuple[int, ...] = ()
     situation: tuple[int, ...] = ()
     prior: tuple[float, ...] = ()
 
@@ -62,6 +65,8 @@ class LinearNetwork(nn.Module):
         if self.situation:
             moves = self.param("moves", nn.initializers.zeros, (len(self.situation), rows.shape[-1]))
             factors = factors + situation[jnp.asarray(self.situation)] @ moves
+        if self.ignored:
+            factors = factors.at[jnp.asarray(self.ignored)].set(0.0)
         return rows @ factors, nn.Dense(1, name="value")(situation)[..., 0]
 
 

@@ -11,7 +11,7 @@ from metaal_jax.policies.bandits import albl, exp4p
 from metaal_jax.policies.environment import environment
 from metaal_jax.policies.episodes import PolicyTrainer, TrainState
 from metaal_jax.policies.evolution import evolution
-from metaal_jax.policies.learned import learned, prior
+from metaal_jax.policies.learned import fixed, learned, prior
 from metaal_jax.policies.pathwise import pathwise, relaxed_batch
 from metaal_jax.policies.policy_gradient import ppo, reinforce
 from metaal_jax.policies.saved import Saved, load, save, shipped
@@ -27,6 +27,7 @@ __all__ = [
     "evolution",
     "exp4p",
     "features",
+    "fixed",
     "learned",
     "load",
     "pathwise",

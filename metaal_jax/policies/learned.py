@@ -158,6 +158,15 @@ def learned(
     return Policy(init=init, begin=begin, act=act, observe=observe, evaluate=evaluate if sample else None, score=score)
 
 
+def fixed(policy: Policy, policy_params: PyTree) -> Policy:
+    """A trained policy with its parameters, as a rule that has none: for selectors, bandits and combinators."""
+    return Policy(
+        init=lambda key: (),
+        begin=lambda _, key, view: policy.begin(policy_params, key, view),
+        act=lambda _, state, key, view: policy.act(policy_params, state, key, view),
+    )
+
+
 def shortened(key: Array, observation: Observation, scores: Array, row: Array, count: int) -> tuple[Observation, Array]:
     """`count` of the candidates, and their scores: a quarter with the best scores, the others at random.
 

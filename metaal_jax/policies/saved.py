@@ -96,7 +96,8 @@ def load(name: str | os.PathLike[str]) -> Saved:
         arrays = {
             place: np.asarray(leaf["values"], np.float32).reshape(leaf["shape"]) for place, leaf in leaves.items()
         }
-    except (ValueError, KeyError, TypeError) as error:
+        about = dict(held["about"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} holds no policy ({error}); give a file that policies.save wrote") from error
     if seen != (features.ROWS, features.SITUATION):
         raise ValueError(f"the policy {name} was trained on other features than this version's; train it again")
@@ -107,4 +108,4 @@ def load(name: str | os.PathLike[str]) -> Saved:
         for part in above:
             inner = inner.setdefault(part, {})
         inner[last] = jnp.asarray(array)
-    return Saved(network, params, held["about"])
+    return Saved(network, params, about)

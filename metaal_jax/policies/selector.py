@@ -67,13 +67,18 @@ def selector(
       A `Policy` that can be trained. `log_prob` is that of the batch, as a set: rules that propose the same one add up.
 
     Raises:
-      ValueError: without rules, or for numbers below 1.
+      ValueError: without rules, for a rule with parameters, or for numbers below 1.
 
     Reference: Hsu, Lin: Active Learning by Learning, 2015 (choosing among rules); Konyushkova, Sznitman, Fua:
     Discovering General-Purpose Active Learning Strategies, 2018 (learned by reinforcement).
     """
     rules = tuple(rules)
     require(rules, "selector: no rules given")
+    for place, rule in enumerate(rules):
+        if jax.tree.leaves(jax.eval_shape(rule.init, jax.random.key(0))):
+            raise ValueError(
+                f"selector: rule {place} has parameters; give a trained policy as policies.fixed(it, params)"
+            )
     require(k >= 1, f"selector: k must be at least 1, got {k}")
     require(anchors >= 1, f"selector: anchors must be at least 1, got {anchors}")
     number = len(rules)
