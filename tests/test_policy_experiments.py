@@ -116,7 +116,7 @@ def test_evaluation_beside_rules(scripts, meta_run, trained, tmp_path):
 
 
 MISTAKES = {
-    "a way": ("learn_policy", {"way": "gradients"}, "unknown way 'gradients'; .* choose from evolution"),
+    "a way": ("learn_policy", {"way": "gradients"}, "unknown way 'gradients'; .*choose from evolution"),
     "two ways": ("learn_policy", {"way": "ppo,reinforce"}, "give one"),
     "odd": ("learn_policy", {"episodes": 3}, "--episodes 3 must be an even number"),
     "rules": ("learn_policy", {"rules": "margin"}, "must hold max_herding"),
