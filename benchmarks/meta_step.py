@@ -11,8 +11,8 @@ All start from the same parameters and the same tasks (5-way 1-shot, 15 query ro
 norm on the batch's own statistics), and their losses and meta-gradients are compared before anything is timed.
 Libraries that are not installed are left out.
 
-Expected on two CPU cores: 1.85 times the best PyTorch form (a loop in two processes) with 32 filters, 1.25 times with
-64. All figures: benchmarks/results/.
+Expected on two CPU cores: 1.85 times the best PyTorch form (a loop in two processes) with 32 filters, 1.3 to 1.5 times
+with 64. All figures: benchmarks/results/.
 """
 
 import importlib
