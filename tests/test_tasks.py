@@ -1,5 +1,7 @@
 """Samplers: labels that fit their rows, no row twice, weight 0 for what does not exist."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -321,11 +323,15 @@ class TestComposedProblems:
     x = np.stack([np.repeat(np.arange(40), 30), np.tile(np.arange(30), 40)], -1)
     data = jax.device_put(tasks.class_data(x, x[:, 0]))
 
-    def draw(self, seed, **options):
-        sampler = tasks.composed_problems(
-            **{"ways": 5, "pool": 60, "test": 40, "validation": 20, "parts": 3, **options}
-        )
-        return jax.jit(sampler)(jax.random.key(seed), self.data)
+    @classmethod
+    def draw(cls, seed, **options):
+        defaults = {"ways": 5, "pool": 60, "test": 40, "validation": 20, "parts": 3}
+        return cls.compiled(**{**defaults, **options})(jax.random.key(seed), cls.data)
+
+    @staticmethod
+    @functools.cache
+    def compiled(**options):
+        return jax.jit(tasks.composed_problems(**options))
 
     def test_rows_are_distinct_and_forms_belong_to_one_class(self):
         for seed in range(5):

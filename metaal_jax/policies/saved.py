@@ -74,8 +74,9 @@ def save(path: str | os.PathLike[str], network: nn.Module, params: PyTree, about
 def load(name: str | os.PathLike[str]) -> Saved:
     """A trained policy: one that comes with the package by its name, or any by the path of its file.
 
-    >>> saved = ml.policies.load("cifar10")
-    >>> policy = ml.policies.learned(saved.network, k=10)  # its parameters: saved.params
+    >>> from metaal_jax import policies
+    >>> saved = policies.load("cifar10")
+    >>> policy = policies.learned(saved.network, k=10)  # its parameters: saved.params
 
     Raises:
       ValueError: for an unknown name, a file that holds no policy, or one trained on other features than those of this
