@@ -12,8 +12,8 @@ embeddings of 128 features, ten classes and 90 labelled rows. `decision, 1` and 
 are compared with a float64 form of the network on the same features. `evolution` and `reinforce` are a step of training
 on pools of 600 rows with a linear layer: 100 labels in batches of ten.
 
-Expected on two cores: a decision in 94 ms (batches of ten) and 103 ms (single rows), max_herding 246 ms, the network 799
-ms; 39 episodes a second for evolution, 61 for reinforce. All figures: benchmarks/results/.
+Expected on two cores: a decision in 94 ms (batches of ten) and 103 ms (single rows), max_herding 246 ms, the network
+799 ms; 39 episodes a second for evolution, 61 for reinforce. All figures: benchmarks/results/.
 """
 
 import time
