@@ -45,7 +45,7 @@ def trained(scripts, meta_run):
     return run
 
 
-def test_what_training_leaves(trained):
+def test_what_training_leaves_and_how_it_goes_on(scripts, meta_run, trained, tmp_path):
     saved = policies.load(trained.parent / "saved.json")
     assert (trained / "policy.json").read_bytes() == (trained.parent / "saved.json").read_bytes()
     assert saved.about["held_out"]["b"] == {"strategy": "max_herding"}
@@ -62,8 +62,7 @@ def test_what_training_leaves(trained):
     validation = [r["validation"] for r in records if r["series"] == "train"]
     assert len(validation) == 3
 
-
-def test_a_longer_run_goes_on_from_a_shorter_one(scripts, meta_run, trained, tmp_path):
+    # A longer run goes on from a shorter one (in this test, so that one worker alone trains).
     script = scripts["learn_policy"]
     options = {**SMALL, "meta_run": meta_run, "out": str(tmp_path / "run")}
     script.job(script.Config(**{**options, "pieces": 1}))
