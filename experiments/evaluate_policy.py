@@ -227,7 +227,7 @@ def compare(
         held = [name for name in scrambled if cell(name) in table.labels]
         for name in held:
             both = interval(area[trained[0]] - table.area(cell(name), config.budget))
-            rows.append({"strategy": trained[0], **where, "metric": "importance", "feature": name.partition("~")[2],
+            rows.append({"strategy": trained[0], **where, "metric": "importance", "feature": name.rpartition("~")[2],
                          "labels": config.budget, "mean": round(both.mean, 5), "low": round(both.low, 5),
                          "high": round(both.high, 5), "seeds": both.seeds})  # fmt: skip
     return rows, paired, "\n\n".join(parts)
@@ -275,7 +275,7 @@ def picture(config: Config, table: Table, trained: list[str], scrambled: list[st
     if scrambled:
         axis, k = axes[0][-1], sizes[-1]
         base = table.area(Cell(EMBEDDING, CONDITION, k, trained[0]), config.budget)
-        found = {name.partition("~")[2]: interval(100 * (base - table.area(Cell(EMBEDDING, CONDITION, k, name),
+        found = {name.rpartition("~")[2]: interval(100 * (base - table.area(Cell(EMBEDDING, CONDITION, k, name),
                  config.budget))) for name in scrambled}  # fmt: skip
         order = sorted(found, key=lambda name: found[name].mean)
         middle = [found[name].mean for name in order]
