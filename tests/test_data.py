@@ -28,9 +28,22 @@ def picture(pixels, form="png"):
 
 
 def write_tfds(
-    root, name="tiny_shapes", *, x, y, shards=(20, 10), shape=(12, 12, 3), form="array_record", raw=None, pixel="uint8"
+    root,
+    name="tiny_shapes",
+    *,
+    x,
+    y,
+    shards=(20, 10),
+    shape=(12, 12, 3),
+    form="array_record",
+    raw=None,
+    pixel="uint8",
+    second=None,
 ):
-    """Writes a prepared TFDS set as a real `download_and_prepare` leaves it; returns the path of its first shard."""
+    """Writes a prepared TFDS set as a real `download_and_prepare` leaves it; returns the path of its first shard.
+
+    `second` are labels of another name, `kind`.
+    """
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -48,6 +61,8 @@ def write_tfds(
             "pythonClassName": f"{kinds}.class_label_feature.ClassLabel",
         },
     }
+    if second is not None:
+        features["kind"] = features["label"]
     keys = {"tuple": {"items": [{"featureKey": "image"}, {"featureKey": "label"}]}}
     split = {
         "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
@@ -74,6 +89,8 @@ def write_tfds(
             example = tf_example_pb2.Example()
             example.features.feature["image"].bytes_list.value.append(raw[row])
             example.features.feature["label"].int64_list.value.append(int(y[row]))
+            if second is not None:
+                example.features.feature["kind"].int64_list.value.append(int(second[row]))
             writer.write(example.SerializeToString())
         writer.close()
         start += size
@@ -592,6 +609,42 @@ def test_prefetch_follows_the_default_device_of_its_caller():
     items.close()
 
 
+@pytest.mark.parametrize(("name", "rows", "columns", "classes"),
+                         [("wine", 178, 13, 3), ("iris", 150, 4, 3), ("breast_cancer", 569, 30, 2)])  # fmt: skip
+def test_tables_come_whole_in_their_own_units(name, rows, columns, classes):
+    from sklearn import datasets
+
+    parts = [load(name, split) for split in ("train", "test")]
+    assert [len(part.y) for part in parts] == [rows - rows // 5, rows // 5]
+    assert {part.x.shape[1:] for part in parts} == {(columns,)}
+    assert parts[0].x.dtype == np.float32
+    assert parts[0].classes == classes
+    whole = getattr(datasets, f"load_{name}")()
+    tagged = lambda x, y: sorted(map(tuple, np.column_stack([np.float32(x), y]).tolist()))  # noqa: E731
+    both = (np.concatenate(leaves) for leaves in ((parts[0].x, parts[1].x), (parts[0].y, parts[1].y)))
+    assert tagged(*both) == tagged(whole.data, whole.target)
+    with pytest.raises(DataError, match="one label alone"):
+        load(name, "train", label="kind")
+
+
+def test_another_label_of_a_set(tmp_path, shapes):
+    x, y = shapes
+    write_tfds(tmp_path, x=x, y=y, second=(y + 1) % CLASSES)
+    usual = load("tiny_shapes", "train", data_dir=tmp_path)
+    other = load("tiny_shapes", "train", label="kind", data_dir=tmp_path)
+    np.testing.assert_array_equal(usual.y, y)
+    np.testing.assert_array_equal(other.y, (y + 1) % CLASSES)
+    np.testing.assert_array_equal(other.x, x)
+    # Both are kept, apart.
+    np.testing.assert_array_equal(load("tiny_shapes", "train", data_dir=tmp_path).y, y)
+    np.testing.assert_array_equal(load("tiny_shapes", "train", label="kind", data_dir=tmp_path).y, other.y)
+    streamed = next(stream("tiny_shapes", "train", batch_size=ROWS, label="kind", data_dir=tmp_path))
+    np.testing.assert_array_equal(streamed.y, other.y)
+    with pytest.raises(DataError) as raised:
+        load("tiny_shapes", "train", label="colour", data_dir=tmp_path)
+    check_message(raised.value, ["no class label 'colour'", "'label', 'kind'"])
+
+
 # The real sets, where they are prepared
 
 
@@ -647,6 +700,16 @@ def test_omniglot_becomes_bright_ink_on_28x28(real):
     assert ink == pytest.approx(0.0805, abs=5e-4)  # the area mean keeps the share of ink of the 105x105 originals
     paper = real("omniglot", "train[:20]", image_shape=(28, 28, 1), invert=False)
     np.testing.assert_array_equal(255 - paper.x, train.x[:20])
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(("name", "label", "groups"), [("cifar100", "coarse_label", 20), ("omniglot", "alphabet", 50)])
+def test_classes_belong_to_groups(real, name, label, groups):
+    fine, coarse = (real(name, "test[:1500]", image_shape=(28, 28, 1), label=kind) for kind in (None, label))
+    assert coarse.classes == groups
+    assert len(np.unique(coarse.y)) > 1
+    pairs = set(zip(fine.y.tolist(), coarse.y.tolist(), strict=True))
+    assert len(pairs) == len(np.unique(fine.y))
 
 
 @pytest.mark.real_data

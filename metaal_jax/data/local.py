@@ -1,4 +1,4 @@
-"""Sources that need no data set library: scikit-learn's embedded digits, and `.npz` files."""
+"""Sources that need no data set library: the sets that come with scikit-learn, and `.npz` files."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,8 @@ import numpy as np
 from metaal_jax.data.arrays import Arrays, DataError, check_arrays, check_labels
 
 SPLITS = ("train", "test")
+TABLES = ("wine", "iris", "breast_cancer")
+EMBEDDED = ("digits", *TABLES)
 
 
 def check_split(name: str, split: str) -> None:
@@ -55,6 +57,27 @@ def read_digits(split: str) -> Arrays:
     keep = split_rows(len(digits.target), split)
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     return check_arrays(pixels[keep], digits.target[keep], classes=10, name="'digits'")
+
+
+def read_table(name: str, split: str) -> Arrays:
+    """Reads one of the tables that come with scikit-learn, in its own units: columns are not standardised.
+
+    Args:
+      name: `wine` (178 rows of 13 columns, 3 classes), `iris` (150 of 4, 3) or `breast_cancer` (569 of 30, 2).
+      split: `train` or `test`, those of `split_rows`.
+
+    Returns:
+      x float32 [n, d], y int32 [n].
+
+    Raises:
+      DataError: another split.
+    """
+    check_split(repr(name), split)
+    from sklearn import datasets
+
+    table = getattr(datasets, f"load_{name}")()
+    keep = split_rows(len(table.target), split)
+    return check_arrays(table.data[keep], table.target[keep], classes=len(table.target_names), name=repr(name))
 
 
 def read_npz(path: str | os.PathLike[str], split: str) -> Arrays:

@@ -1,7 +1,8 @@
 """Where labelled data come from: one name, one split, one form.
 
-A name is `digits` (embedded in scikit-learn), the path of a `.npz` file, or an image-classification set of TensorFlow
-Datasets (TFDS), which must have been prepared on this machine (`python -m metaal_jax.data.prepare NAME`).
+A name is `digits`, `wine`, `iris` or `breast_cancer` (they come with scikit-learn), the path of a `.npz` file, or an
+image-classification set of TensorFlow Datasets (TFDS), which must have been prepared on this machine
+(`python -m metaal_jax.data.prepare NAME`).
 """
 
 import os
@@ -16,7 +17,7 @@ import numpy as np
 from metaal_jax.data.arrays import Arrays, DataError, check_arrays
 from metaal_jax.data.cache import read_cache, write_cache
 from metaal_jax.data.images import check_image_shape, convert_arrays, wants_inversion
-from metaal_jax.data.local import read_digits, read_npz
+from metaal_jax.data.local import EMBEDDED, read_digits, read_npz, read_table
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -52,9 +53,10 @@ def open_source(
     *,
     image_shape: tuple[int, int, int] | None = None,
     invert: bool | None = None,
+    label: str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
 ) -> Source:
-    """Opens a split without reading all of it (`digits` and `.npz` files are read); arguments as in `load`."""
+    """Opens a split without reading all of it (what is no TFDS set is read); arguments as in `load`."""
     image_shape = check_image_shape(image_shape)
     if not isinstance(name, str | os.PathLike):
         raise DataError(
@@ -67,8 +69,15 @@ def open_source(
         )
     name = os.fspath(name)
     inverted = wants_inversion(name, invert)
-    if name == "digits" or name.endswith(".npz"):
-        arrays = read_digits(split) if name == "digits" else read_npz(Path(name).expanduser(), split)
+    if name in EMBEDDED or name.endswith(".npz"):
+        if label is not None:
+            raise DataError(
+                f"{name!r} has one label alone, asked for is {label!r}; leave label out, or give a TFDS set"
+            )
+        if name in EMBEDDED:
+            arrays = read_digits(split) if name == "digits" else read_table(name, split)
+        else:
+            arrays = read_npz(Path(name).expanduser(), split)
         arrays = convert_arrays(arrays, image_shape, invert=inverted, name=repr(name))
 
         def read(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -79,7 +88,7 @@ def open_source(
         )
     from metaal_jax.data.tfds import open_tfds
 
-    return open_tfds(name, split, image_shape=image_shape, invert=inverted, data_dir=data_dir)
+    return open_tfds(name, split, image_shape=image_shape, invert=inverted, label=label, data_dir=data_dir)
 
 
 def read_ahead(
@@ -130,6 +139,7 @@ def load(
     *,
     image_shape: tuple[int, int, int] | None = None,
     invert: bool | None = None,
+    label: str | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> Arrays:
@@ -139,13 +149,16 @@ def load(
     memory is for `metaal_jax.data.stream`.
 
     Args:
-      name: `"digits"`; a path that ends in `.npz` (see `metaal_jax.data.local.read_npz`); or a TFDS set as `name`,
-        `name/config`, `name:version` or `name/config:version`.
+      name: `"digits"`; one of the tables `"wine"`, `"iris"` and `"breast_cancer"`; a path that ends in `.npz` (see
+        `metaal_jax.data.local.read_npz`); or a TFDS set as `name`, `name/config`, `name:version` or
+        `name/config:version`.
       split: `"train"` or `"test"`; for TFDS any split of the set, also `"train[:80%]"` or `"train+test"`.
       image_shape: (h, w, c) to convert images to, c = 1 or 3; None for the stored shape. The rules, area mean, luma
         and the rest, are at the top of `metaal_jax.data.images`.
       invert: whether to take `255 - x`. None inverts the sets known to be dark ink on light paper (Omniglot), so that
         ink is bright as in MNIST.
+      label: another class label of a TFDS set than its usual one, such as CIFAR-100's `"coarse_label"` or Omniglot's
+        `"alphabet"`; rows come in the same order.
       data_dir: where TFDS sets are prepared; None for the default of TFDS (`$TFDS_DATA_DIR`, `~/tensorflow_datasets`).
       cache_dir: where decoded TFDS splits are kept. None for `metaal_jax_cache` in `data_dir`, or
         `~/.cache/metaal_jax` if that cannot be written, or no file at all if neither can.
@@ -162,7 +175,7 @@ def load(
       >>> load("digits", "train").x.shape
       (1438, 8, 8, 1)
     """
-    source = open_source(name, split, image_shape=image_shape, invert=invert, data_dir=data_dir)
+    source = open_source(name, split, image_shape=image_shape, invert=invert, label=label, data_dir=data_dir)
     if source.key is None:
         x, y = source.read(np.arange(source.rows))
         return Arrays(x=x, y=y, classes=source.classes)

@@ -46,6 +46,7 @@ def stream(
     batch_size: int,
     image_shape: tuple[int, int, int] | None = None,
     invert: bool | None = None,
+    label: str | None = None,
     shuffle_seed: int | None = None,
     data_dir: str | os.PathLike[str] | None = None,
     workers: int = 2,
@@ -53,7 +54,7 @@ def stream(
     """One pass over a split in batches, holding only a few of them in memory.
 
     Every row comes once. All batches have the same shape: the last one is padded, with weight 0. Rows are decoded by
-    threads while the caller works on earlier batches. `digits` and `.npz` files are read whole.
+    threads while the caller works on earlier batches. What is no TFDS set is read whole.
 
     Args:
       name: the data set, as in `metaal_jax.data.load`.
@@ -61,6 +62,7 @@ def stream(
       batch_size: b, the rows of each batch.
       image_shape: (h, w, c) to convert to, as in `load`.
       invert: as in `load`.
+      label: as in `load`.
       shuffle_seed: None for the order of the files, or a seed from 0 for a permutation of all rows; give another seed
         for each pass.
       data_dir: where TFDS sets are prepared, as in `load`.
@@ -82,7 +84,7 @@ def stream(
         raise DataError(
             f"shuffle_seed={shuffle_seed!r}, allowed are None and whole numbers from 0 to 2**32 - 1; give one"
         )
-    source = open_source(name, split, image_shape=image_shape, invert=invert, data_dir=data_dir)
+    source = open_source(name, split, image_shape=image_shape, invert=invert, label=label, data_dir=data_dir)
     return _batches(source, batch_size, shuffle_seed, workers)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from metaal_jax.data.arrays import DataError, check_labels
 from metaal_jax.data.images import convert_image
+from metaal_jax.data.local import EMBEDDED
 from metaal_jax.data.sources import Source
 
 _NAME = re.compile(r"[A-Za-z_]\w*(/[^/:\s]+)?(:[\d*]+\.[\d*]+\.[\d*]+)?")
@@ -76,12 +77,12 @@ def make_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
         try:
             return tfds.builder(name, data_dir=folder, try_gcs=False)
         except tfds.core.DatasetNotFoundError as error:
-            known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+            known = [*EMBEDDED, *tfds.list_builders(with_community_datasets=False)]
             near = difflib.get_close_matches(plain, known, n=3, cutoff=0.6)
             advice = f"did you mean {' or '.join(map(repr, near))}?" if near else "see tfds.list_builders()"
             raise DataError(
-                f"unknown data set {name!r}, allowed are 'digits', a path that ends in .npz, and the "
-                f"{len(known) - 1} sets of TFDS; {advice}"
+                f"unknown data set {name!r}, allowed are {', '.join(map(repr, EMBEDDED))}, a path that ends in .npz, "
+                f"and the {len(known) - len(EMBEDDED)} sets of TFDS; {advice}"
             ) from error
         except Exception as error:  # for a config, a version or metadata that it cannot use TFDS raises nearly anything
             reason = " ".join(str(error).rpartition('}": ')[2].split())[:300].rstrip(".")
@@ -121,8 +122,8 @@ def _check_prepared(builder: Any, name: str, data_dir: str | os.PathLike[str] | 
         )
 
 
-def _image_and_label(builder: Any, name: str) -> tuple[str, str]:
-    """The keys of the image and of the label: the supervised pair, or the only image and `label`."""
+def _image_and_label(builder: Any, name: str, label: str | None) -> tuple[str, str]:
+    """The keys of the image and of the label: the supervised pair, or the only image and `label`; or the one given."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -145,7 +146,11 @@ def _image_and_label(builder: Any, name: str) -> tuple[str, str]:
             f"{name!r} has {np.dtype(found[pair[0]].np_dtype)} pixels, allowed are 8-bit images; convert them "
             "yourself and save x and y to a .npz"
         )
-    return pair[0], pair[1]
+    if label is not None and label not in labels:
+        raise DataError(
+            f"{name!r} has no class label {label!r}, allowed are {', '.join(map(repr, labels))}; give one of them"
+        )
+    return pair[0], label or pair[1]
 
 
 def _pixels(encoded: bytes, shape: tuple[int, int, int], *, converted: bool, what: str) -> np.ndarray:
@@ -170,6 +175,7 @@ def open_tfds(
     *,
     image_shape: tuple[int, int, int] | None,
     invert: bool,
+    label: str | None,
     data_dir: str | os.PathLike[str] | None,
 ) -> Source:
     """Opens a split of a prepared TFDS set; arguments as in `metaal_jax.data.load`, with `invert` decided.
@@ -184,7 +190,8 @@ def open_tfds(
       DataError: see `metaal_jax.data.load`.
     """
     builder = make_builder(name, data_dir)
-    image_key, label_key = _image_and_label(builder, name)
+    usual = _image_and_label(builder, name, None)
+    image_key, label_key = _image_and_label(builder, name, label)
     _check_prepared(builder, name, data_dir)
     import tensorflow_datasets as tfds
 
@@ -247,6 +254,6 @@ def open_tfds(
         read=read,
         # The size in bytes tells apart sets of one name and version that were prepared from different files.
         key=f"{full_name} {split} {'x'.join(map(str, shape))} {'inverted' if invert else 'as stored'} "
-        f"{int(builder.info.dataset_size)}",
+        f"{int(builder.info.dataset_size)}" + ("" if label_key == usual[1] else f" {label_key}"),
         cache_folders=(root / "metaal_jax_cache", home / "metaal_jax"),
     )
