@@ -28,6 +28,7 @@ import strategies
 from metaal_jax import policies
 from metaal_jax.metrics import interval
 from metaal_jax.policies import features
+from paired import finite, holm, labels_to, numbers, paired_p, shown
 from registry import ADAPTIVE, LEARNED, STRATEGIES
 from report import write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main, write
@@ -133,8 +134,8 @@ def job(config: Config) -> None:
                       config=dataclasses.asdict(config), rows=rows, paired=paired)  # fmt: skip
         picture(config, table, trained, scrambled, place.with_suffix(".png"))
     for k in sorted({cell.batch for cell in table.labels}):
-        shown = [c for c in table.labels if c.batch == k and c.strategy not in scrambled]
-        held, won = wins(part_of(table, shown), config.budget, (EMBEDDING, CONDITION, k))
+        some = [c for c in table.labels if c.batch == k and c.strategy not in scrambled]
+        held, won = wins(part_of(table, some), config.budget, (EMBEDDING, CONDITION, k))
         win_picture([short(name) for name in held], won.astype(int), 1, folder.path / f"wins_{k}.png",
                     f"wins by area in batches of {k}, 5 % after Holm's correction")  # fmt: skip
     print(text)
@@ -184,11 +185,10 @@ def compare(
         where = {"source": config.source, "target": config.target, "batch": k}
 
         def add(name: str, metric: str, labels: int, values: np.ndarray, where: dict = where) -> None:
-            low = interval(values)
-            rows.append({"strategy": name, **where, "metric": metric, "labels": labels, "mean": round(low.mean, 5),
-                         "low": round(low.low, 5), "high": round(low.high, 5), "seeds": low.seeds})  # fmt: skip
+            rows.append({"strategy": name, **where, "metric": metric, "labels": labels, **numbers(values)})
 
-        corrected = holm({n: area[trained[0]] - area[n] for n in names if n not in trained and n != "oracle"})
+        rules = [name for name in names if name not in trained and name != "oracle"]
+        corrected = holm({name: paired_p(area[trained[0]] - area[name]) for name in rules})
         lines = []
         for name in sorted(names, key=lambda name: -area[name].mean()):
             add(name, "area", config.budget, area[name])
@@ -198,11 +198,10 @@ def compare(
                     add(name, "accuracy", int(n), accuracy[:, i])
             needed = {}
             for goal in (0.8, 0.9):
-                reached = accuracy >= goal
-                needed[goal] = np.median(np.where(reached.any(1), labels[reached.argmax(1)], np.inf))
+                needed[goal] = np.median(labels_to(labels, accuracy, goal))
                 rows.append({"strategy": name, **where, "metric": f"labels_to_{round(100 * goal)}",
                              "labels": config.budget,
-                             "median": float(needed[goal]) if np.isfinite(needed[goal]) else None})  # fmt: skip
+                             "median": finite(needed[goal])})  # fmt: skip
             share = ""
             if all(bound in area for bound in BOUNDS):
                 gain = (area[name] - area["random"]).mean() / (area["oracle"] - area["random"]).mean()
@@ -211,38 +210,24 @@ def compare(
                 share = f"{gain:.2f}"
             against = ""
             if name not in trained:
-                both = interval(area[trained[0]] - area[name])
+                both = area[trained[0]] - area[name]
                 paired.append({"a": {"strategy": trained[0]}, "b": {"strategy": name}, **where, "metric": "area",
-                               "labels": config.budget, "difference": round(both.mean, 5), "low": round(both.low, 5),
-                               "high": round(both.high, 5), "seeds": both.seeds,
+                               "labels": config.budget, **numbers(both, "difference"),
                                **({"p_holm": corrected[name]} if name in corrected else {})})  # fmt: skip
-                against = f"{100 * both.mean:+.2f} [{100 * both.low:+.2f}, {100 * both.high:+.2f}]"
+                against = shown(both)
             low = interval(100 * area[name])
             goals = [f"{n:.0f}" if np.isfinite(n) else f"> {config.budget}" for n in needed.values()]
             lines.append([name, f"{low.mean:.2f} ± {low.high - low.mean:.2f}", share, *goals, against])
         header = ["strategy", "area", "share of the oracle's gain", "to 80 %", "to 90 %", f"{trained[0]} less this"]
         title = f"{config.target}, batches of {k}, up to {config.budget} labels, {config.seeds} seeds"
-        shown = tabulate(lines, header, stralign="right", colalign=("left",), disable_numparse=True)
-        parts.append(f"{title}\n\n{shown}")
+        text = tabulate(lines, header, stralign="right", colalign=("left",), disable_numparse=True)
+        parts.append(f"{title}\n\n{text}")
         held = [name for name in scrambled if cell(name) in table.labels]
         for name in held:
-            both = interval(area[trained[0]] - table.area(cell(name), config.budget))
             rows.append({"strategy": trained[0], **where, "metric": "importance", "feature": name.rpartition("~")[2],
-                         "labels": config.budget, "mean": round(both.mean, 5), "low": round(both.low, 5),
-                         "high": round(both.high, 5), "seeds": both.seeds})  # fmt: skip
+                         "labels": config.budget,
+                         **numbers(area[trained[0]] - table.area(cell(name), config.budget))})  # fmt: skip
     return rows, paired, "\n\n".join(parts)
-
-
-def holm(differences: dict[str, np.ndarray]) -> dict[str, float]:
-    """Two-sided p-values of paired t-tests, corrected by Holm's method for their number."""
-    from scipy.stats import ttest_1samp
-
-    p = {name: float(ttest_1samp(d, 0.0).pvalue) if np.ptp(d) > 1e-9 else 1.0 for name, d in differences.items()}
-    found, largest = {}, 0.0
-    for place, name in enumerate(sorted(p, key=lambda name: p[name])):
-        largest = max(largest, min(1.0, p[name] * (len(p) - place)))
-        found[name] = float(f"{largest:.3g}")
-    return found
 
 
 def picture(config: Config, table: Table, trained: list[str], scrambled: list[str], path: Path) -> None:

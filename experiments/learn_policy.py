@@ -5,14 +5,16 @@ on a new task (`evaluate_policy.py`).
 
     python experiments/learn_policy.py --meta-run runs/cifar10-mnist               # by evolution strategies
     python experiments/learn_policy.py --meta-run runs/cifar10-mnist --way reinforce --minutes 15
+    python experiments/learn_policy.py --meta-run runs/cifar10-mnist --policy selector # what chooses among rules
 
 The main job's meta-learned network embeds everything once. A problem's classes are each composed of one to three forms,
 in uneven shares: shapes drawn from the source's images at several strengths of distortion, without any label, or, of
-sources such as Omniglot, the source's own classes. A linear layer is trained on the embedding after every batch, as in
-`strategies.py`, and the policy is rewarded with the area under the learning curve. Problems of forms that training does
-not see choose the checkpoint; problems of still other forms are what is reported, paired with rules on the same
-problems. (Of a source's own classes with too few of them, the held-out forms are other images of the same classes.) The
-new task is not looked at. How many pieces there are is a matter of time: the seed decides what each of them gives.
+sources such as Omniglot, the source's own classes. Problems of several kinds (classes, rows, labels, batches) take
+turns. A linear layer is trained on the embedding after every batch, as in `strategies.py`, and the policy is rewarded
+with the area under the learning curve. Problems of forms that training does not see choose the checkpoint; problems of
+still other forms are what is reported, paired with rules on the same problems. (Of a source's own classes with too few
+of them, the held-out forms are other images of the same classes.) The new task is not looked at. How many pieces there
+are is a matter of time: the seed decides what each of them gives.
 
 Expected: see experiments/results/policies/ and the README.
 """
@@ -35,16 +37,17 @@ import tyro
 from tqdm import tqdm
 
 import meta_active
-from arms import make_embed, make_model, standardised, without_head
-from metaal_jax import checkpoint, exemplars, models, policies, tasks
-from metaal_jax.base import Learner, Policy, Problem, PyTree
+from forms import Kind, embedded_forms, kinds_of, main_job, make_sampler, strengths_of
+from metaal_jax import checkpoint, models, policies
+from metaal_jax.base import Policy, PyTree
 from metaal_jax.metrics import interval
 from metaal_jax.policies import features
 from metaal_jax.policies.episodes import episode
-from registry import ALIASES, Need, find, make_policy, strategy_names
+from paired import numbers, shown
+from registry import ALIASES, STRATEGIES, Need, find, make_policy, strategy_names
 from report import write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
-from strategies import linear_learners, main_config, main_network
+from strategies import linear_learners, main_config
 
 WAYS = {
     "evolution": "evolution strategies: the parameters are varied, whole episodes compared",
@@ -54,7 +57,12 @@ WAYS = {
     "imitation": "the greedy oracle imitated, with data aggregation",
     "classification": "whether a row's label helps, as a classifier",
 }
-NETWORKS = ("linear", "row", "set")
+POLICIES = {
+    "linear": "scores rows, linear in the features, with factors that move with the situation",
+    "row": "scores every row by a small network",
+    "set": "scores every row in view of the others",
+    "selector": "chooses among rules in every round, linear as well",
+}
 BASELINE = "max_herding"
 # A run may go on for longer: what is there stays as it is.
 FREE = frozenset({"out", "resume", "data_dir", "save_results", "save_policy", "minutes", "pieces"})
@@ -71,27 +79,24 @@ class Config:
     """Data set that the main job was for: it decides the shape of rows, and is not looked at."""
     meta_run: str | None = None
     """Run folder of the main job for this source and target, whose network embeds. None trains it here."""
-    network: str = "linear"
-    """What scores rows: linear (in the features, with factors that move with the situation), row or set."""
+    policy: Annotated[str, tyro.conf.arg(help="One of: " + "; ".join(f"{n}: {t}" for n, t in POLICIES.items()))] = (
+        "linear"
+    )
+    arms: str = "random,margin,badge,typical,max_herding"
+    """Comma-separated rules that a selector chooses among; max_herding, which it begins with, among them."""
     start: float = 1.0
-    """Factor of the feature uncertain_cover with which scores begin."""
-    minutes: float = 8.0
+    """Factor of the feature uncertain_cover with which scores begin; of a selector, the head start of max_herding."""
+    minutes: float = 20.0
     """Time to train; it is checked after each piece."""
     pieces: int = 40
     """Most pieces of the training, each followed by a validation and a checkpoint."""
-    piece_steps: int = 10
-    """Steps of the trainer in a piece."""
+    piece_steps: int = 5
+    """Steps of the trainer in a piece, each one of every kind of problems."""
 
-    batch_size: int = 10
-    """Rows that a policy asks for in a round."""
-    budget: int = 100
-    """Labels of an episode."""
-    ways: int = 10
-    """Classes of a problem."""
+    kinds: str = "10:600:10:100,30:360:10:100,3:150:5:50,10:600:1:30"
+    """Comma-separated kinds of problems: classes:rows of the pool:rows asked for in a round:labels of an episode."""
     parts: int = 3
     """Most forms of a class."""
-    pool: int = 600
-    """Pool rows of a problem."""
     test: int = 400
     """Its test rows."""
     held_out: int = 100
@@ -106,10 +111,10 @@ class Config:
     """Examples of each."""
     strengths: str = "0.6,0.9,1.2,1.5,1.8"
     """Strengths of their distortion; a problem's forms share one."""
-    validation_problems: int = 160
-    """Problems that choose the checkpoint."""
+    validation_problems: int = 80
+    """Problems of each kind that choose the checkpoint."""
     report_problems: int = 200
-    """Problems of the report."""
+    """Problems of each kind in the report."""
     rules: str = "random,margin,typiclust,max_herding"
     """Comma-separated rules in the report; max_herding, the one that counts, among them."""
 
@@ -120,7 +125,7 @@ class Config:
     deviation: float = 0.15
     """Of evolution's noise on the parameters."""
     policy_rate: float = 0.05
-    """Learning rate of the policy (Adam); the row and set networks take a tenth of it."""
+    """Learning rate of the policy (Adam); row and set take a tenth of it."""
     anchors: int = 200
     """Rows that stand for the pool in training."""
     candidates: int = 48
@@ -152,7 +157,7 @@ class Config:
 
 def check(config: Config) -> None:
     """Checks what can be checked without data."""
-    for text, known, what in ((config.way, WAYS, "way"), (config.network, NETWORKS, "network")):
+    for text, known, what in ((config.way, WAYS, "way"), (config.policy, POLICIES, "policy")):
         if names(text, known, what) != (text,):
             raise UsageError(f"--{what} {text!r}: give one; choose from {', '.join(known)}")
     for field in dataclasses.fields(config):
@@ -162,144 +167,88 @@ def check(config: Config) -> None:
     if config.way in ("evolution", "reinforce") and (config.episodes < 2 or config.episodes % 2):
         raise UsageError(f"--episodes {config.episodes} must be an even number from 2 on")
     strengths_of(config)
-    if config.candidates < config.batch_size:
-        raise UsageError(f"--candidates {config.candidates} are fewer than --batch-size {config.batch_size}")
-    rules = rules_of(config)
-    plain = [name for name in rules if not find(name).committee and not find(name).costly and name != "predicted_loss"]
+    largest = max(kind.batch for kind in kinds_of(config.kinds))
+    if config.candidates < largest:
+        raise UsageError(f"--candidates {config.candidates} are fewer than a batch of {largest}")
+    for option in ("rules", "arms"):
+        rules_of(config, option)
+    if config.policy == "selector" and config.way not in ("evolution", "reinforce", "ppo"):
+        raise UsageError(f"--way {config.way} measures single rows, which a selector does not score; give evolution, "
+                         "reinforce or ppo")  # fmt: skip
+
+
+def rules_of(config: Config, option: str) -> tuple[str, ...]:
+    """The rules of the report or a selector's, `rules` or `arms`."""
+    text = getattr(config, option)
+    rules = tuple(ALIASES.get(name, name) for name in strategy_names(text))
+    plain = [name for name in rules if name in STRATEGIES and not find(name).committee and not find(name).costly
+             and name != "predicted_loss"]  # fmt: skip
     if BASELINE not in rules or len(plain) < len(rules):
-        raise UsageError(f"--rules {config.rules!r} must hold {BASELINE}, and none that asks more than one plain model")
-    if config.budget > config.pool:
-        raise UsageError(f"--budget {config.budget} labels are more than --pool {config.pool} rows")
-
-
-def rules_of(config: Config) -> tuple[str, ...]:
-    """The rules of the report."""
-    return tuple(ALIASES.get(name, name) for name in strategy_names(config.rules))
-
-
-def strengths_of(config: Config) -> list[float]:
-    """The strengths of distortion."""
-    try:
-        found = [float(part) for part in config.strengths.split(",")]
-    except ValueError:
-        raise UsageError(f"--strengths {config.strengths!r} must be numbers with commas between them") from None
-    if min(found) <= 0:
-        raise UsageError(f"--strengths {config.strengths!r} must be above 0")
-    return found
-
-
-def main_job(config: Config) -> Config:
-    """The config with the seed of the main job."""
-    return dataclasses.replace(config, seed=config.meta_seed)
+        raise UsageError(f"--{option} {text!r} must hold {BASELINE}, and none that asks more than one plain model")
+    return rules
 
 
 def make_network(config: Config) -> Any:
-    """The network that scores rows, before training."""
+    """The network that scores rows, or a selector's rules, before training."""
     prior = policies.prior(uncertain_cover=config.start)
-    if config.network == "linear":
-        moving = tuple(features.SITUATION.index(name) for name in ("labels", "margin"))
-        # A single model has no disagreement: its factors would be noise.
-        place = features.ROWS.index("disagreement")
-        ignored = (place, place + len(features.ROWS))
-        return models.LinearNetwork(ignored=ignored, situation=moving, prior=prior)
-    return {"row": models.RowNetwork, "set": models.SetNetwork}[config.network](prior=prior)
+    if config.policy in ("row", "set"):
+        return {"row": models.RowNetwork, "set": models.SetNetwork}[config.policy](prior=prior)
+    moving = tuple(features.SITUATION.index(name) for name in ("labels", "margin"))
+    # A single model has no disagreement: its factors would be noise.
+    place = features.ROWS.index("disagreement")
+    ignored = (place, place + len(features.ROWS))
+    if config.policy == "selector":
+        prior = policies.favoured(rules_of(config, "arms").index(BASELINE), config.start)
+    return models.LinearNetwork(ignored=ignored, situation=moving, prior=prior)
 
 
-def make_trainer(config: Config, sampler: Callable, network: Any) -> policies.PolicyTrainer:
-    """The way to train, on the linear layer."""
-    learner, refit = linear_learners(config, config.ways)
-    k = config.batch_size
-    rate = config.policy_rate * (1.0 if config.network == "linear" else 0.1)
+def need_of(config: Config, kind: Kind) -> Need:
+    """What rules are made from in a kind of problems."""
+    learner, refit = linear_learners(config, kind.ways)
+    return Need(k=kind.batch, rounds=kind.budget // kind.batch, classes=kind.ways, learner=learner, refit=refit,
+                loss_learner=learner)  # fmt: skip
+
+
+def make_trainer(config: Config, kind: Kind, network: Any) -> policies.PolicyTrainer:
+    """The way to train, on the linear layer and one kind of problems."""
+    learner, refit = linear_learners(config, kind.ways)
+    sampler, k = make_sampler(config, kind), kind.batch
+    rate = config.policy_rate * (0.1 if config.policy in ("row", "set") else 1.0)
     common: dict[str, Any] = {
-        "optimizer": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)), "budget": config.budget, "k": k,
+        "optimizer": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)), "budget": kind.budget, "k": k,
         "chunk": 1 if jax.default_backend() == "cpu" else None,
     }  # fmt: skip
-    greedy = functools.partial(policies.learned, network, k=k, anchors=config.anchors)
-    drawn = greedy(sample=True, candidates=config.candidates)
+    if config.policy == "selector":
+        rules = [make_policy(name, need_of(config, kind)) for name in rules_of(config, "arms")]
+        greedy = functools.partial(policies.selector, rules, network, k=k, anchors=config.anchors)
+        drawn = greedy(sample=True)
+    else:
+        greedy = functools.partial(policies.learned, network, k=k, anchors=config.anchors)
+        drawn = greedy(sample=True, candidates=config.candidates)
     if config.way == "evolution":
         return policies.evolution(learner, greedy(), sampler, problems=config.problems, pairs=config.episodes // 2,
                                   deviation=config.deviation, **common)  # fmt: skip
     if config.way == "reinforce":
         return policies.reinforce(learner, drawn, sampler, problems=config.problems, rollouts=config.episodes, **common)
     if config.way == "ppo":
-        parts = math.gcd(4, config.problems * (config.budget // k))
+        parts = math.gcd(4, config.problems * (kind.budget // k))
         return policies.ppo(learner, drawn, sampler, episodes=config.problems, minibatches=parts, **common)
     return policies.supervised(learner, drawn, sampler, target=config.way, refit=refit, episodes=config.problems,
                                expert_steps=config.piece_steps // 2, **common)  # fmt: skip
 
 
-def embedded_forms(config: Config, setting: Any, folder: RunFolder) -> tuple[PyTree, PyTree, PyTree]:
-    """The forms that problems are composed of, embedded: for training, validation and report.
-
-    `ClassData` with leaves `[s, ...]`; `s` counts strengths of distortion, 1 for a source's own classes.
-    """
-    meta = main_network(main_job(config), setting, folder)
-    model = make_model(setting.classes, setting.shape, main_config(config))
-    meta = without_head(model, meta, jnp.zeros((1, *setting.shape), setting.train_source.x.dtype))
-    embed = jax.jit(functools.partial(make_embed(model, 100), meta))
-    found = []
-    if setting.kinds == ("shapes",):
-        held = setting.validation_source.x
-        wanted = ((setting.train_source.x, config.forms), *[(held, config.validation_forms)] * 2)
-        for part, (images, count) in enumerate(wanted):
-            key = jax.random.fold_in(jax.random.key(config.seed), part)
-            banks = [draw_forms(jax.random.fold_in(key, i), images, count, config.examples, strength, embed)
-                     for i, strength in enumerate(tqdm(strengths_of(config), desc="drawing forms"))]  # fmt: skip
-            found.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *banks))
-        return found[0], found[1], found[2]
-    held = setting.validation_source
-    # Every other class is for validation; where they are too few, every other image of each.
-    by_class = len(np.unique(held.y)) >= 2 * config.ways * config.parts
-    turn = np.unique(held.y, return_inverse=True)[1] if by_class else np.argsort(np.argsort(held.y, kind="stable"))
-    for rows, part in ((slice(None), setting.train_source), (turn % 2 == 0, held), (turn % 2 == 1, held)):
-        x = part.x[rows]
-        z = np.concatenate([np.asarray(embed(x[i : i + 5000])) for i in range(0, len(x), 5000)])
-        found.append(jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tasks.class_data(z, part.y[rows])))
-    return found[0], found[1], found[2]
+def make_chooser(config: Config, kind: Kind, network: Any) -> Policy:
+    """The policy as it will be used."""
+    if config.policy == "selector":
+        rules = [make_policy(name, need_of(config, kind)) for name in rules_of(config, "arms")]
+        return policies.selector(rules, network, k=kind.batch)
+    return policies.learned(network, k=kind.batch)
 
 
-def draw_forms(
-    key: jax.Array, images: np.ndarray, count: int, examples: int, strength: float, embed: Callable
-) -> tasks.ClassData:
-    """`count` shape classes at one strength of distortion, embedded; those that show nothing are left out."""
-    draw = jax.jit(jax.vmap(exemplars.shape_exemplars(
-        examples=examples, size=images.shape[1], affine=strength, elastic=0.1 * strength)))  # fmt: skip
-    at_once, found, held = 50, [], 0
-    for turn in range(20 * (count // at_once + 1)):
-        pick_key, draw_key = jax.random.split(jax.random.fold_in(key, turn))
-        row = np.asarray(jax.random.randint(pick_key, (at_once,), 0, len(images)))
-        x, ink = draw(jax.random.split(draw_key, at_once), images[row])
-        shown = np.asarray((ink > 0.05) & (ink < 0.5))
-        z = np.asarray(embed(x.reshape(-1, *x.shape[2:]))).reshape(at_once, examples, -1)
-        found.append(z[shown])
-        held += int(shown.sum())
-        if held >= count:
-            break
-    else:
-        raise UsageError("the source's images show too few shapes; give another --source")
-    z = np.concatenate(found)[:count]
-    return tasks.class_data(z.reshape(count * examples, -1), np.repeat(np.arange(count), examples))
-
-
-def make_sampler(config: Config) -> Callable[[jax.Array, PyTree], Problem]:
-    """`(key, forms) -> Problem`, embedded rows that are standardised by the pool."""
-    composed = tasks.composed_problems(
-        ways=config.ways, parts=config.parts, pool=config.pool, test=config.test, validation=config.held_out,
-        imbalance=config.imbalance,
-    )  # fmt: skip
-
-    def sample(key: jax.Array, forms: PyTree) -> Problem:
-        which_key, key = jax.random.split(key)
-        which = jax.random.randint(which_key, (), 0, forms.y.shape[0])
-        problem = composed(key, jax.tree.map(lambda leaf: leaf[which], forms))
-        return standardised(lambda x: x, problem)[0]
-
-    return sample
-
-
-def areas(config: Config, policy: Policy, learner: Learner, sampler: Callable) -> Callable[..., jax.Array]:
+def areas(config: Config, kind: Kind, policy: Policy) -> Callable[..., jax.Array]:
     """`(key, params, forms, number) -> accuracy [number, rounds]`: the same problems and keys for all policies."""
-    play = episode(learner, policy, budget=config.budget, k=config.batch_size, record=False)
+    learner, sampler = need_of(config, kind).learner, make_sampler(config, kind)
+    play = episode(learner, policy, budget=kind.budget, k=kind.batch, record=False)
 
     @functools.partial(jax.jit, static_argnames="number")
     def run(key: jax.Array, params: PyTree, forms: PyTree, number: int) -> jax.Array:
@@ -315,18 +264,22 @@ def areas(config: Config, policy: Policy, learner: Learner, sampler: Callable) -
 
 
 def train(
-    config: Config, folder: RunFolder, trainer: policies.PolicyTrainer, judge: Callable, forms: tuple, meta: PyTree,
+    config: Config, folder: RunFolder, trainer: policies.PolicyTrainer, judges: list[Callable], forms: tuple,
+    metas: tuple,
 ) -> tuple[PyTree, int, list[dict]]:  # fmt: skip
     """Trains in pieces until the time is spent; the parameters that validation chose, their piece, and the records."""
     init_key, run_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
-    state = jax.jit(trainer.init)(init_key, meta, forms[0])
+    data = (forms[0],) * len(metas)
+    state = jax.jit(trainer.init)(init_key, metas, data)
     run = jax.jit(functools.partial(trainer.run, steps=config.piece_steps))
     path = lambda piece, what="params": folder.path / "checkpoints" / f"{what}_{piece:02d}"  # noqa: E731
     shape = state
     records: list[dict] = []
 
-    def validated(params: PyTree) -> float:
-        return round_to(judge(validation_key, params, forms[1], config.validation_problems).mean())
+    def validated(params: PyTree) -> dict[str, float]:
+        found = [judge(validation_key, params, forms[1], config.validation_problems).mean() for judge in judges]
+        return {"validation": round_to(np.mean(found)),
+                **{f"validation_{number}": round_to(value) for number, value in enumerate(found)}}  # fmt: skip
 
     def keep(piece: int) -> None:
         checkpoint.save(path(piece), state.params)
@@ -336,7 +289,7 @@ def train(
 
     def begin() -> list[dict]:
         keep(0)
-        return [{"series": "train", "at": 0, "seconds": 0.0, "validation": validated(state.params)}]
+        return [{"series": "train", "at": 0, "seconds": 0.0, **validated(state.params)}]
 
     records += folder.step("piece-00", begin)
     loaded = 0
@@ -347,12 +300,12 @@ def train(
             if loaded != piece - 1:
                 state = jax.device_put(checkpoint.restore(path(piece - 1, "state"), shape))
             start = time.perf_counter()
-            state, metrics = jax.block_until_ready(run(run_key, state, forms[0]))
+            state, metrics = jax.block_until_ready(run(run_key, state, data))
             seconds = before + time.perf_counter() - start
             loaded = piece
             keep(piece)
             return [{"series": "train", "at": piece * config.piece_steps, "seconds": round(seconds, 1),
-                     "validation": validated(state.params),
+                     **validated(state.params),
                      **{name: round_to(values.mean()) for name, values in metrics.items()}}]  # fmt: skip
 
         if not folder.done(f"piece-{piece:02d}") and records[-1]["seconds"] >= 60 * config.minutes:
@@ -367,98 +320,117 @@ def train(
 def job(config: Config) -> None:
     """The whole run."""
     check(config)
+    kinds = kinds_of(config.kinds)
     setting = meta_active.Setting(main_config(main_job(config)))
     with arguments():
         network = make_network(config)
-        sampler = make_sampler(config)
-        trainer = make_trainer(config, sampler, network)
-        learner, refit = linear_learners(config, config.ways)
-        judged = policies.learned(network, k=config.batch_size)
-    folder = RunFolder(config.out or f"runs/policies/{config.source}-{config.way}", config, resume=config.resume,
-                       free=FREE)  # fmt: skip
+        trainer = policies.in_turn([make_trainer(config, kind, network) for kind in kinds])
+        judges = [areas(config, kind, make_chooser(config, kind, network)) for kind in kinds]
+    folder = RunFolder(config.out or f"runs/policies/{config.source}-{config.policy}-{config.way}", config,
+                       resume=config.resume, free=FREE)  # fmt: skip
     forms = embedded_forms(config, setting, folder)
+    metas = []
     with arguments():
-        for bank in forms:
-            meta = learner.init(jax.random.key(config.seed), sampler(jax.random.key(0), bank).x)
-    params, best, records = train(config, folder, trainer, areas(config, judged, learner, sampler), forms, meta)
+        for kind in kinds:
+            learner, sampler = need_of(config, kind).learner, make_sampler(config, kind)
+            shapes = [jax.eval_shape(sampler, jax.random.key(0), bank).x for bank in forms]
+            metas.append(learner.init(jax.random.key(config.seed), jnp.zeros(shapes[0].shape)))
+    params, best, records = train(config, folder, trainer, judges, forms, tuple(metas))
+    curves = [report(config, folder, network, params, forms[2], place, best) for place in range(len(kinds))]
 
-    def compute() -> list[dict]:
-        key = jax.random.fold_in(jax.random.key(config.seed), 7)
-        need = Need(k=config.batch_size, rounds=config.budget // config.batch_size, classes=config.ways,
-                    learner=learner, refit=refit, loss_learner=learner)  # fmt: skip
-        compared = {"policy": (judged, params), "start": (judged, judged.init(key))}
-        compared |= {name: (make_policy(name, need), ()) for name in rules_of(config)}
-        found = []
-        for name, (policy, own) in tqdm(compared.items(), desc="report"):
-            accuracy = areas(config, policy, learner, sampler)(key, own, forms[2], config.report_problems)
-            found += [{"series": name, "problem": i, "accuracy": [round_to(v) for v in row]}
-                      for i, row in enumerate(np.asarray(accuracy))]  # fmt: skip
-        return found
-
-    judged_records = folder.step(f"report-{best:02d}", compute)
-    curves = {name: np.asarray([r["accuracy"] for r in judged_records if r["series"] == name])
-              for name in dict.fromkeys(r["series"] for r in judged_records)}  # fmt: skip
     rows, paired = result_rows(config, curves, records)
-    about = {"command": command(), "source": config.source, "way": config.way, "batch": config.batch_size,
-             "budget": config.budget, "seconds_of_training": records[-1]["seconds"],
-             "held_out": next(row for row in paired if row["b"]["strategy"] == BASELINE)}  # fmt: skip
+    about = {"command": command(), "source": config.source, "way": config.way, "kinds": config.kinds,
+             "seconds_of_training": records[-1]["seconds"],
+             "held_out": [row for row in paired if row["b"]["strategy"] == BASELINE]}  # fmt: skip
+    rules = rules_of(config, "arms") if config.policy == "selector" else ()
     for place in (folder.path / "policy.json", *([Path(config.save_policy)] if config.save_policy else [])):
-        policies.save(place, network, params, about)
+        policies.save(place, network, params, about, rules=rules)
     for place in (folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])):
         write_results(place, command=command(), environment=environment(), seconds=folder.seconds(),
                       config=dataclasses.asdict(config), rows=rows, paired=paired)  # fmt: skip
     picture(config, records, curves, folder.path / "results.png")
-    print(f"\n{config.way} on {config.source}, {config.report_problems} held-out problems: area in %, mean and 95 %")
-    for name, accuracy in curves.items():
-        low = interval(100 * accuracy.mean(1))
-        both = interval(100 * (accuracy - curves[BASELINE]).mean(1))
-        print(f"  {name:12} {low.mean:.2f} ± {low.high - low.mean:.2f}   less {BASELINE}: "
-              f"{both.mean:+.2f} [{both.low:+.2f}, {both.high:+.2f}]")  # fmt: skip
+    print(f"\n{config.way} on {config.source}, {config.report_problems} held-out problems of each kind: area in %, "
+          "mean and 95 %")  # fmt: skip
+    for kind, found in zip(kinds, curves, strict=True):
+        print(f"{kind}")
+        for name, accuracy in found.items():
+            low = interval(100 * accuracy.mean(1))
+            print(f"  {name:12} {low.mean:.2f} ± {low.high - low.mean:.2f}   less {BASELINE}: "
+                  f"{shown((accuracy - found[BASELINE]).mean(1))}")  # fmt: skip
     print(f"{records[-1]['seconds'] / 60:.1f} minutes of training; policy: {folder.path / 'policy.json'}")
 
 
-def result_rows(config: Config, curves: dict, records: list[dict]) -> tuple[list[dict], list[dict]]:
+def report(
+    config: Config, folder: RunFolder, network: Any, params: PyTree, forms: PyTree, place: int, best: int
+) -> dict[str, np.ndarray]:
+    """Accuracies `[problems, rounds]` by name on held-out problems of a kind: the policy, its start, and rules."""
+    kind = kinds_of(config.kinds)[place]
+
+    def compute() -> list[dict]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 7), place)
+        policy = make_chooser(config, kind, network)
+        compared = {"policy": (policy, params), "start": (policy, policy.init(key))}
+        compared |= {name: (make_policy(name, need_of(config, kind)), ()) for name in rules_of(config, "rules")}
+        found = []
+        for name, (chooser, own) in tqdm(compared.items(), desc=f"report, {kind}"):
+            accuracy = areas(config, kind, chooser)(key, own, forms, config.report_problems)
+            found += [{"series": name, "kind": list(kind), "problem": i, "accuracy": [round_to(v) for v in row]}
+                      for i, row in enumerate(np.asarray(accuracy))]  # fmt: skip
+        return found
+
+    records = folder.step(f"report-{best:02d}-{place}", compute)
+    return {name: np.asarray([r["accuracy"] for r in records if r["series"] == name])
+            for name in dict.fromkeys(r["series"] for r in records)}  # fmt: skip
+
+
+def result_rows(config: Config, curves: list[dict], records: list[dict]) -> tuple[list[dict], list[dict]]:
     """Areas on held-out problems, the validation along the training, and paired differences, as results."""
     rows: list[dict] = []
     paired: list[dict] = []
-    common = {"source": config.source, "target": config.source, "batch": config.batch_size, "labels": config.budget}
-    number = lambda low, middle: {middle: round(low.mean, 5), "low": round(low.low, 5), "high": round(low.high, 5),  # noqa: E731
-                                  "problems": low.seeds}  # fmt: skip
-    for name, accuracy in curves.items():
-        rows.append({"strategy": name, **common, "metric": "area", **number(interval(accuracy.mean(1)), "mean")})
-        if name not in ("policy", "start"):
-            both = interval((curves["policy"] - accuracy).mean(1))
-            paired.append({"a": {"strategy": "policy"}, "b": {"strategy": name}, **common, "metric": "area",
-                           **number(both, "difference")})  # fmt: skip
+    common = {"source": config.source, "target": config.source}
+    for kind, found in zip(kinds_of(config.kinds), curves, strict=True):
+        where = {**common, "ways": kind.ways, "pool": kind.pool, "batch": kind.batch, "labels": kind.budget}
+        for name, accuracy in found.items():
+            rows.append({"strategy": name, **where, "metric": "area", **numbers(accuracy.mean(1), of="problems")})
+            if name not in ("policy", "start"):
+                paired.append({"a": {"strategy": "policy"}, "b": {"strategy": name}, **where, "metric": "area",
+                               **numbers((found["policy"] - accuracy).mean(1), "difference", "problems")})  # fmt: skip
     rows += [{"strategy": "policy", **common, "metric": "validation_area", "step": r["at"], "seconds": r["seconds"],
               "mean": round(r["validation"], 5)} for r in records]  # fmt: skip
     seconds = records[-1]["seconds"]
     if config.way in ("evolution", "reinforce") and seconds > 0:
-        episodes = records[-1]["at"] * config.problems * config.episodes
+        episodes = records[-1]["at"] * config.problems * config.episodes * len(curves)
         rows.append({"strategy": "policy", **common, "metric": "episodes_per_second",
                      "mean": round(episodes / seconds, 2)})  # fmt: skip
     return rows, paired
 
 
-def picture(config: Config, records: list[dict], curves: dict, path: Path) -> None:
-    """Validation along the training, and the curves on held-out problems less those of the baseline."""
+def picture(config: Config, records: list[dict], curves: list[dict], path: Path) -> None:
+    """Validation along the training, and the differences to the best rules on held-out problems of each kind."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8))
-    left.plot([r["seconds"] / 60 for r in records], [100 * r["validation"] for r in records], marker=".")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.8))
+    minutes = [r["seconds"] / 60 for r in records]
+    kinds = kinds_of(config.kinds)
+    for number, kind in enumerate(kinds):
+        gained = [100 * (r[f"validation_{number}"] - records[0][f"validation_{number}"]) for r in records]
+        left.plot(minutes, gained, marker=".", label=str(kind))
     left.set_xlabel("minutes of training")
-    left.set_ylabel("validation area, %")
-    labels = config.batch_size * (1 + np.arange(curves["policy"].shape[1]))
-    for name in (name for name in curves if name not in ("random", "margin")):
-        found = [interval(column) for column in 100 * (curves[name] - curves[BASELINE]).T]
-        right.plot(labels, [f.mean for f in found], label=name)
-        right.fill_between(labels, [f.low for f in found], [f.high for f in found], alpha=0.15, linewidth=0)
-    right.set_xlabel("labels bought")
-    right.set_ylabel(f"accuracy less {BASELINE}'s, points")
-    right.legend(frameon=False)
+    left.set_ylabel("validation area gained, points")
+    left.legend(frameon=False, fontsize=8)
+    names = [name for name in curves[0] if name not in ("policy", "random", "margin")]
+    for shift, name in enumerate(names):
+        found = [interval(100 * (of_kind["policy"] - of_kind[name]).mean(1)) for of_kind in curves]
+        place = np.arange(len(kinds)) + 0.2 * (shift - (len(names) - 1) / 2)
+        error = np.asarray([[f.mean - f.low, f.high - f.mean] for f in found]).T
+        right.errorbar([f.mean for f in found], place, xerr=error, fmt="o", label=f"less {name}", capsize=3)
+    right.axvline(0, color="black", linewidth=0.8)
+    right.set_yticks(range(len(kinds)), [str(kind) for kind in kinds], fontsize=8)
+    right.set_xlabel("area of the policy less that of a rule, points")
+    right.legend(frameon=False, fontsize=8)
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle(f"{config.way} on {config.source}")

@@ -238,11 +238,12 @@ def find(name: str) -> Strategy:
         place, feature = name.removeprefix(LEARNED), ""
     saved = policies.load(place)
     network = Scrambled(saved.network, feature) if feature else saved.network
-    return Strategy(
-        f"trained by {saved.about.get('way')} on {saved.about.get('source')}",
-        lambda need: policies.learned(network, k=need.k),
-        params=lambda problem: saved.params,
-    )
+    line = f"trained by {saved.about.get('way')} on {saved.about.get('source')}"
+    if saved.rules:
+        make = lambda need: policies.selector([find(r).make(need) for r in saved.rules], network, k=need.k)  # noqa: E731
+    else:
+        make = lambda need: policies.learned(network, k=need.k)  # noqa: E731
+    return Strategy(line, make, params=lambda problem: saved.params)
 
 
 class Scrambled:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from metaal_jax.metrics import Interval, interval
+from metaal_jax.metrics import interval
+from paired import finite, labels_to, numbers
 
 
 class Study:
@@ -32,8 +33,7 @@ class Study:
 
     def labels_to(self, arm: tuple[str, str], target: float) -> np.ndarray:
         """Labels at which each seed's curve reaches a target accuracy, infinity where it does not."""
-        reached = self.curves[arm]["accuracy"] >= target
-        return np.where(reached.any(1), self.labels[reached.argmax(1)].astype(float), np.inf)
+        return labels_to(self.labels, self.curves[arm]["accuracy"], target)
 
 
 def shown_labels(labels) -> list[int]:
@@ -74,16 +74,14 @@ def comparisons(study: Study, against: tuple[str, ...]) -> list[dict]:
             if learner in ("maml", "frozen") and other != learner and (other, strategy) in study.curves:
                 a, b = (learner, strategy), (other, strategy)
                 for n in shown_labels(study.labels):
-                    both = study.at(a, "accuracy", n) - study.at(b, "accuracy", n)
-                    rows.append(_pair(a, b, "accuracy", n, interval(both)))
-                rows.append(_pair(a, b, "area", int(study.labels[-1]), interval(study.area(a) - study.area(b))))
+                    rows.append(_pair(a, b, "accuracy", n, study.at(a, "accuracy", n) - study.at(b, "accuracy", n)))
+                rows.append(_pair(a, b, "area", int(study.labels[-1]), study.area(a) - study.area(b)))
     return rows
 
 
-def _pair(a: tuple[str, str], b: tuple[str, str], metric: str, labels: int, low: Interval) -> dict:
+def _pair(a: tuple[str, str], b: tuple[str, str], metric: str, labels: int, values: np.ndarray) -> dict:
     name = lambda arm: {"learner": arm[0], "strategy": arm[1]}  # noqa: E731
-    return {"a": name(a), "b": name(b), "metric": metric, "labels": labels, "difference": _round(low.mean),
-            "low": _round(low.low), "high": _round(low.high), "seeds": low.seeds}  # fmt: skip
+    return {"a": name(a), "b": name(b), "metric": metric, "labels": labels, **numbers(values, "difference")}
 
 
 def result_rows(study: Study, *, source: str, target: str) -> list[dict]:
@@ -91,10 +89,8 @@ def result_rows(study: Study, *, source: str, target: str) -> list[dict]:
     rows = []
 
     def add(arm: tuple[str, str], metric: str, labels: int, values: np.ndarray) -> None:
-        low = interval(values)
         rows.append({"learner": arm[0], "strategy": arm[1], "source": source, "target": target, "metric": metric,
-                     "labels": labels, "mean": _round(low.mean), "low": _round(low.low), "high": _round(low.high),
-                     "seeds": low.seeds})  # fmt: skip
+                     "labels": labels, **numbers(values)})  # fmt: skip
 
     for arm, metrics in study.curves.items():
         for metric, values in metrics.items():
@@ -107,7 +103,7 @@ def result_rows(study: Study, *, source: str, target: str) -> list[dict]:
             needed = study.labels_to(arm, target_accuracy)
             rows.append({"learner": arm[0], "strategy": arm[1], "source": source, "target": target,
                          "metric": f"labels_to_{round(100 * target_accuracy)}", "labels": int(study.labels[-1]),
-                         "median": _finite(np.median(needed)), "reached": int(np.isfinite(needed).sum()),
+                         "median": finite(np.median(needed)), "reached": int(np.isfinite(needed).sum()),
                          "seeds": len(needed)})  # fmt: skip
     return rows
 
@@ -159,11 +155,3 @@ def picture(study: Study, path: Path, title: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=140)
     plt.close(figure)
-
-
-def _round(value: float) -> float:
-    return round(float(value), 5) if np.isfinite(value) else float(value)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaal_jax.metrics import Interval, interval
+from paired import holm, numbers, paired_p
 from registry import find
 from report import Study, result_rows, write_results
 from runs import RunFolder, command, environment
@@ -83,21 +84,12 @@ def wins(table: Table, most: int, setting: tuple[str, str, int]) -> tuple[list[s
     Paired t-tests of the areas over seeds, two-sided at 5 %, corrected by Holm's method for the number of pairs in the
     setting. With eight seeds and 40 strategies only differences of some nine standard errors pass.
     """
-    from scipy.stats import ttest_rel
-
     shared = shared_strategies(table, [setting], most)
     areas = np.asarray([table.area(Cell(*setting, name), most) for name in shared])
-    pairs = [(i, j) for i in range(len(shared)) for j in range(i)]
-    p = np.ones(len(pairs))
-    for number, (i, j) in enumerate(pairs):
-        if areas.shape[1] > 1 and np.ptp(areas[i] - areas[j]) > 1e-9:
-            p[number] = ttest_rel(areas[i], areas[j]).pvalue
-    order = np.argsort(p)
-    # Holm: the smallest p counts all pairs, the next one fewer; after the first that fails, all fail.
-    passed = np.cumprod(p[order] * (len(p) - np.arange(len(p))) <= 0.05).astype(bool)
+    p = {(i, j): paired_p(areas[i] - areas[j]) for i in range(len(shared)) for j in range(i)}
     won = np.zeros((len(shared), len(shared)), bool)
-    for (i, j), significant in zip((pairs[n] for n in order), passed, strict=True):
-        if significant:
+    for (i, j), corrected in holm(p).items():
+        if corrected <= 0.05:
             better = areas[i].mean() > areas[j].mean()
             won[(i, j) if better else (j, i)] = True
     return shared, won
@@ -125,18 +117,17 @@ def rows_of(table: Table, place: tuple[str, str], few: int, source: str, target:
         where = {"condition": cell.condition, "batch": cell.batch}
 
         def add(metric: str, at: int, values: np.ndarray, name=name, where=where) -> None:
-            low = interval(values)
             rows.append({**name, "source": source, "target": target, **where, "metric": metric, "labels": at,
-                         **_numbers(low, "mean"), "seeds": low.seeds})  # fmt: skip
+                         **numbers(values, digits=4)})  # fmt: skip
 
         last = int(labels[-1])
         for most in sorted({n for n in (few, last) if n <= last}):
             add("area", most, table.area(cell, most))
             base = Cell(*cell[:3], "random")
             if base in table.labels and base != cell and table.labels[base][-1] >= most:
-                low = interval(table.area(cell, most) - table.area(base, most))
+                both = table.area(cell, most) - table.area(base, most)
                 paired.append({"a": name, "b": {**name, "strategy": "random"}, **where, "metric": "area",
-                               "labels": most, **_numbers(low, "difference"), "seeds": low.seeds})  # fmt: skip
+                               "labels": most, **numbers(both, "difference", digits=4)})  # fmt: skip
         for at in SHOWN:
             values = table.at(cell, "accuracy", at)
             if values is not None:
@@ -147,10 +138,6 @@ def rows_of(table: Table, place: tuple[str, str], few: int, source: str, target:
                 add(metric, last, values)
         add("balance", last, table.values[cell]["balance"])
     return rows, paired
-
-
-def _numbers(low: Interval, middle: str) -> dict[str, float]:
-    return {middle: round(low.mean, 4), "low": round(low.low, 4), "high": round(low.high, 4)}
 
 
 def condition_table(table: Table, place: tuple[str, str], most: int) -> str:
@@ -263,7 +250,7 @@ def report(
         ranking[labels]["all"] = ranks(table, labels, embeddings)
         for embedding, found in ranking[labels].items():
             summary += [{"learner": embedding, "strategy": name, "source": config.source, "target": config.target,
-                         "metric": "mean_rank", "labels": labels, **_numbers(low, "mean"), "seeds": low.seeds}
+                         "metric": "mean_rank", "labels": labels, **numbers(low, digits=4)}
                         for name, low in found.items()]  # fmt: skip
         lines = [[name, *[f"{ranking[labels][e][name].mean:.1f}" for e in (*embeddings, "all")]]
                  for name in ranking[labels]["all"]]  # fmt: skip

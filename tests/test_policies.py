@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -473,6 +474,46 @@ def test_evolution_follows_the_gradient_of_the_smoothed_return(key):
     found = np.asarray(jax.jit(jax.vmap(run))(jax.random.split(key, 4000)))
     density = np.exp(-0.5 * (0.2 / 0.5) ** 2) / np.sqrt(2 * np.pi) / 0.5
     np.testing.assert_allclose(found.mean(), 0.5 * density, atol=4 * found.std() / np.sqrt(4000))
+
+
+def test_kinds_of_problems_in_turn(key):
+    """A step is one of each trainer, which hand on the policy and the optimiser's state and keep all else."""
+    network = NETWORKS["linear"]
+    options = {"optimizer": optax.adam(0.1), "budget": 2, "problems": 2, "pairs": 2}
+    kinds = [
+        policies.evolution(TOY, policies.learned(network, k=k), functools.partial(toy_problem, n=n), k=k, **options)
+        for k, n in ((1, 8), (2, 6))
+    ]
+    both = policies.in_turn(kinds)
+    metas = (jnp.float32(0.0), jnp.float32(0.3))
+    start = both.init(key, metas, ((), ()))
+    found, metrics = jax.jit(both.step)(key, start, ((), ()))
+    state = kinds[0].init(key, metas[0], ())
+    wanted = {}
+    for number, (kind, meta) in enumerate(zip(kinds, metas, strict=True)):
+        state, own = jax.jit(kind.step)(jax.random.fold_in(key, number), state._replace(meta=meta), ())
+        wanted |= {f"{name}_{number}": value for name, value in own.items()}
+    chex.assert_trees_all_close(found.params, state.params, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(found.opt_state, state.opt_state, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(metrics, wanted, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_equal(found.meta, metas)
+    assert found.step == 1
+    assert not np.allclose(start.params["params"]["factors"], found.params["params"]["factors"])
+    run, steps = jax.jit(both.run, static_argnames="steps")(key, start, ((), ()), steps=2)
+    assert run.step == 2
+    assert steps["area_1"].shape == (2,)
+
+
+def test_what_cannot_take_turns_is_refused(key):
+    options = {"optimizer": optax.adam(0.1), "budget": 2}
+    make = lambda name: policies.evolution(TOY, policies.learned(NETWORKS[name], k=1), toy_problem, **options)  # noqa: E731
+    drawn = policies.learned(NETWORKS["row"], k=1, sample=True)
+    with pytest.raises(ValueError, match="trainer 1 trains other parameters"):
+        policies.in_turn([make("linear"), make("row")]).init(key, (jnp.float32(0.0),) * 2, ((), ()))
+    with pytest.raises(ValueError, match="trains its learner as well"):
+        policies.in_turn([policies.pathwise(TOY, drawn, toy_problem, joint=True, **options)])
+    with pytest.raises(ValueError, match="no trainers"):
+        policies.in_turn([])
 
 
 def test_advantages_against_their_definition():

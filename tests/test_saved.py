@@ -22,10 +22,11 @@ NETWORKS = [
 def test_saved_and_loaded_to_the_bit(network, key, tmp_path):
     params = policies.learned(network, k=1).init(key)
     params = jax.tree.map(lambda leaf: leaf + jax.random.normal(key, leaf.shape) / 3, params)
-    policies.save(tmp_path / "deep" / "policy.json", network, params, {"way": "by hand"})
+    policies.save(tmp_path / "deep" / "policy.json", network, params, {"way": "by hand"}, rules=("margin", "random"))
     saved = policies.load(tmp_path / "deep" / "policy.json")
     assert saved.network == network
     assert saved.about == {"way": "by hand"}
+    assert saved.rules == ("margin", "random")
     assert jax.tree.structure(saved.params) == jax.tree.structure(params)
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(saved.params), jax.tree.leaves(params), strict=True))
 
@@ -37,6 +38,7 @@ def test_what_ships_runs_and_is_small(key):
     for name in policies.shipped():
         saved = policies.load(name)
         assert saved.about["command"].startswith("python experiments/learn_policy.py")
+        assert not saved.rules
         policy = policies.learned(saved.network, k=3)
         trained = policy._replace(init=lambda key, params=saved.params: params)
         check_policy(trained, key, make_view(0, 30, labelled=(1, 2), queried=(5,), padding=4), k=3)

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +25,19 @@ _OWN = ("parent", "name")
 class Saved(NamedTuple):
     """A trained policy: `policies.learned(saved.network, k=...)` runs with `saved.params` for any `k`.
 
+    Where `rules` are named, it is a selector: `policies.selector(rules, saved.network, k=...)` with these rules.
+
     Attributes:
-      network: what `policies.learned` takes.
+      network: what `policies.learned` or `policies.selector` takes.
       params: its parameters.
       about: how it came to be: command, training set, what it reached there.
+      rules: names of the rules that a selector chooses among, in its order; `()` for a policy that scores rows.
     """
 
     network: nn.Module
     params: PyTree
     about: dict[str, Any]
+    rules: tuple[str, ...] = ()
 
 
 def shipped() -> tuple[str, ...]:
@@ -41,7 +46,14 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(file.name[:-5] for file in folder.iterdir() if file.name.endswith(".json")))
 
 
-def save(path: str | os.PathLike[str], network: nn.Module, params: PyTree, about: dict[str, Any]) -> None:
+def save(
+    path: str | os.PathLike[str],
+    network: nn.Module,
+    params: PyTree,
+    about: dict[str, Any],
+    *,
+    rules: Sequence[str] = (),
+) -> None:
     """Writes a trained policy to one JSON file.
 
     Args:
@@ -49,6 +61,7 @@ def save(path: str | os.PathLike[str], network: nn.Module, params: PyTree, about
       network: one of the networks of `metaal_jax.models`.
       params: its parameters.
       about: what is worth knowing of it, anything that JSON can hold.
+      rules: names of a selector's rules.
 
     Raises:
       ValueError: for a network of another kind.
@@ -66,7 +79,7 @@ def save(path: str | os.PathLike[str], network: nn.Module, params: PyTree, about
         for place, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     held = {"about": about, "network": {"kind": kind, **options}, "rows": features.ROWS,
-            "situation": features.SITUATION, "params": leaves}  # fmt: skip
+            "situation": features.SITUATION, "rules": list(rules), "params": leaves}  # fmt: skip
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(held) + "\n")
 
@@ -97,7 +110,7 @@ def load(name: str | os.PathLike[str]) -> Saved:
         arrays = {
             place: np.asarray(leaf["values"], np.float32).reshape(leaf["shape"]) for place, leaf in leaves.items()
         }
-        about = dict(held["about"])
+        about, rules = dict(held["about"]), tuple(held.get("rules", ()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} holds no policy ({error}); give a file that policies.save wrote") from error
     if seen != (features.ROWS, features.SITUATION):
@@ -109,4 +122,4 @@ def load(name: str | os.PathLike[str]) -> Saved:
         for part in above:
             inner = inner.setdefault(part, {})
         inner[last] = jnp.asarray(array)
-    return Saved(network, params, about)
+    return Saved(network, params, about, rules)

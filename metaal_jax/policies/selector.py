@@ -15,6 +15,15 @@ from metaal_jax.policies.learned import LearnedState
 RULE = ("used", "yield", "tried")
 
 
+def favoured(rule: int, by: float) -> tuple[float, ...]:
+    """Factors for a network's `prior` with which a selector, `identity` included, begins with one rule, by its number.
+
+    >>> from metaal_jax import models, policies
+    >>> network = models.LinearNetwork(prior=policies.favoured(2, 1.0))
+    """
+    return (0.0,) * (2 * len(features.ROWS) + len(RULE) + rule) + (float(by),)
+
+
 class SelectorState(NamedTuple):
     """The state of a selector.
 
