@@ -81,11 +81,17 @@ class Config:
     """Also write the results to this JSON file, and the picture beside it."""
 
 
-def cells_of(config: Config) -> tuple[strategies.Config, list[str], list[str]]:
-    """The comparison as one of `strategies.py`; the policies' names there, and those with a scrambled feature."""
-    trained = [LEARNED + part.strip() for part in config.policies.split(",") if part.strip()]
+def trained_names(text: str) -> list[str]:
+    """Comma-separated policies, as strategies are named."""
+    trained = [LEARNED + part.strip() for part in text.split(",") if part.strip()]
     if not trained:
         raise UsageError("--policies is empty; give names or paths")
+    return trained
+
+
+def cells_of(config: Config) -> tuple[strategies.Config, list[str], list[str]]:
+    """The comparison as one of `strategies.py`; the policies' names there, and those with a scrambled feature."""
+    trained = trained_names(config.policies)
     scrambled = [f"{trained[0]}~{feature}" for feature in features.ROWS] if config.importance else []
     rules = list(STRATEGIES) if config.strategies == "all" else config.strategies.split(",")
     rules += [] if config.strategies != "all" else list(ADAPTIVE)
@@ -126,7 +132,7 @@ def job(config: Config) -> None:
     check_policies(folder, trained)
     meta = strategies.main_network(dataclasses.replace(inner, seed=config.meta_seed), setting, folder)
     problems = strategies.make_problems(inner, setting, meta, plan.places)
-    table = Table(strategies.run_cells(inner, plan, setting.classes, problems, folder))
+    table = Table(strategies.run_cells(inner, plan.work(setting.classes), problems, folder))
     rows, paired, text = compare(config, table, trained, scrambled)
     (folder.path / "table.txt").write_text(text + "\n")
     for place in (folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])):

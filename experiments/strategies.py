@@ -119,17 +119,24 @@ class Config:
 FREE = frozenset({"out", "resume", "data_dir", "save_results"})
 
 
+class Work(NamedTuple):
+    """A program, `(strategy, k, budget)` for a number of classes, and the cells that it runs, of one shape."""
+
+    classes: int
+    program: tuple[str, int, int]
+    cells: tuple[Cell, ...]
+
+
 class Plan(NamedTuple):
     """What is to be run: names, batch sizes and the number of labels of each program."""
 
     programs: tuple[tuple[str, int, int], ...]
     places: tuple[tuple[str, str], ...]
 
-    def cells(self):
-        """All cells in the order in which they are run."""
-        for strategy, k, _ in self.programs:
-            for embedding, condition in self.places:
-                yield Cell(embedding, condition, k, strategy)
+    def work(self, classes: int) -> list[Work]:
+        """The programs, each with its cells in the order in which they are run."""
+        return [Work(classes, program, tuple(Cell(*place, program[1], program[0]) for place in self.places))
+                for program in self.programs]  # fmt: skip
 
 
 def make_plan(config: Config) -> Plan:
@@ -265,9 +272,9 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
     return run
 
 
-def run_program(problems: dict, task: tuple, send: Any) -> None:
+def run_program(problems: dict, task: tuple[Any, Work], send: Any) -> None:
     """Compiles one program, runs it in all wanted places and sends the records of each."""
-    config, classes, (strategy, k, budget), wanted = task
+    config, (classes, (strategy, k, budget), wanted) = task
     one = make_run(config, classes, strategy, k, budget)
 
     @jax.jit
@@ -279,7 +286,7 @@ def run_program(problems: dict, task: tuple, send: Any) -> None:
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 2), config.seeds)
     compiled = None
     for cell in wanted:
-        inputs = (keys, problems[cell[:2]], jnp.float32(CONDITIONS[cell.condition].get("wrong", 0.0)))
+        inputs = (keys, problems[cell[:2]], jnp.float32(CONDITIONS.get(cell.condition, {}).get("wrong", 0.0)))
         compiled = run.lower(*inputs).compile() if compiled is None else compiled
         begin = time.perf_counter()
         test, y = jax.device_get(compiled(*inputs))
@@ -297,17 +304,19 @@ def _records(cell: Cell, test: Score, y: np.ndarray, k: int, classes: int) -> li
     return records
 
 
-def run_cells(config: Config, plan: Plan, classes: int, problems: dict, folder: RunFolder) -> dict[Cell, list[dict]]:
-    """All cells, a step of the run folder each; as many programs at a time as there are cores to run them."""
-    cells = list(plan.cells())
-    work = []
-    for program in plan.programs:
-        wanted = [c for c in cells if (c.strategy, c.batch) == program[:2] and not folder.done(c.step())]
-        if wanted:
-            work.append((config, classes, program, wanted))
+def run_cells(config: Config, work: list[Work], problems: dict, folder: RunFolder) -> dict[Cell, list[dict]]:
+    """All cells, a step of the run folder each; as many programs at a time as there are cores to run them.
+
+    Args:
+      config: settings of the linear layer, of posteriors and seeds.
+      work: what is to be run.
+      problems: by the cells' `(embedding, condition)`, leaves `[seeds, ...]`.
+      folder: the run.
+    """
+    left = [(config, one._replace(cells=tuple(c for c in one.cells if not folder.done(c.step())))) for one in work]
     found = {}
-    with side_by_side(run_program, problems, work) as wait:
-        bar = tqdm(cells, desc="cells")
+    with side_by_side(run_program, problems, [task for task in left if task[1].cells]) as wait:
+        bar = tqdm([cell for one in work for cell in one.cells], desc="cells")
         for cell in bar:
             bar.set_postfix_str(" ".join(str(part) for part in cell))
 
@@ -352,7 +361,7 @@ def job(config: Config) -> None:
     folder = RunFolder(config.out, config, resume=config.resume, free=FREE)
     meta = main_network(config, setting, folder) if config.best or "meta" in config.embeddings else ()
     problems = make_problems(config, setting, meta, plan.places)
-    records = run_cells(config, plan, setting.classes, problems, folder)
+    records = run_cells(config, plan.work(setting.classes), problems, folder)
     again = lambda best: adapt_whole_network(config, setting, folder, meta, best)  # noqa: E731
     print(report(config, folder, records, again if config.best else None))
     print(f"\nrun folder: {folder.path}")

@@ -24,7 +24,10 @@ SMALL = {
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(SCRIPTS))
-    yield {name: importlib.import_module(name) for name in ("meta_active", "learn_policy", "evaluate_policy")}
+    yield {
+        name: importlib.import_module(name)
+        for name in ("meta_active", "learn_policy", "evaluate_policy", "many_targets")
+    }
     sys.path.remove(str(SCRIPTS))
 
 
@@ -115,6 +118,29 @@ def test_evaluation_beside_rules(scripts, meta_run, trained, tmp_path):
     assert len(records) == 4 * 2 * 3
 
 
+def test_many_targets(scripts, meta_run, tmp_path):
+    """Images through the network, a table as its columns; ranks and differences are those of the curves."""
+    script = scripts["many_targets"]
+    script.job(script.Config(targets="iris,digits", strategies="random,margin", seeds=2, source="digits",
+                             target="digits", meta_run=meta_run, out=str(tmp_path / "run")))  # fmt: skip
+    assert (tmp_path / "run" / "results.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    area = {(r["condition"], r["strategy"], r["seed"]): np.mean(r["accuracy"]) for r in records}
+    names = ("learned:cifar10", "random", "margin")
+    assert set(area) == {(t, s, i) for t in ("iris", "digits") for s in names for i in (0, 1)}
+    places = np.asarray([[[area[t, s, i] for i in (0, 1)] for s in names] for t in ("iris", "digits")])
+    ranks = 1 + (places[:, :, None] < places[:, None]).sum(2) + ((places[:, :, None] == places[:, None]).sum(2) - 1) / 2
+    found = {r["strategy"]: r["mean"] for r in result["rows"] if r["metric"] == "mean_rank"}
+    np.testing.assert_allclose([found[name] for name in names], ranks.mean((0, 2)), atol=1e-4)
+    both = {r["target"]: r["difference"] for r in result["paired"]
+            if r["metric"] == "area" and r["b"]["strategy"] == "random"}  # fmt: skip
+    gap = (places[:, 0] - places[:, 1]).mean(1)
+    np.testing.assert_allclose([both[t] for t in ("iris", "digits", "all")], [*gap, gap.mean()], atol=2e-5)
+    assert {r["target"]: (r["classes"], r["pool"], r["budget"], r["batch"]) for r in result["rows"]
+            if r["metric"] == "problem"} == {"iris": (3, 90, 50, 5), "digits": (10, 1079, 100, 10)}  # fmt: skip
+
+
 MISTAKES = {
     "a way": ("learn_policy", {"way": "gradients"}, "unknown way 'gradients'; .*choose from evolution"),
     "two ways": ("learn_policy", {"way": "ppo,reinforce"}, "give one"),
@@ -128,6 +154,9 @@ MISTAKES = {
     "no main job": ("learn_policy", {"meta_run": "nowhere"}, "holds no finished meta-training"),
     "policy": ("evaluate_policy", {"policies": "nobody"}, "no policy 'nobody': give one of .*cifar10"),
     "pool rows": ("evaluate_policy", {"policies": "cifar10", "pool": 10**6}, "rows wanted for --pool"),
+    "groups": ("many_targets", {"targets": "digits:kind"}, "'digits:kind' must be SET or SET:LABEL=NUMBER"),
+    "two targets": ("many_targets", {"targets": "iris,iris"}, "is empty or names one twice"),
+    "one rule": ("many_targets", {"targets": "iris", "strategies": "margin"}, "must hold random and a rule"),
     "batches": ("evaluate_policy", {"policies": "cifar10", "batches": "1"}, "must hold a number from 2 on"),
 }  # fmt: skip
 
@@ -136,8 +165,12 @@ MISTAKES = {
 def test_a_mistake_is_one_line_with_its_remedy(scripts, meta_run, tmp_path, capfd, name):
     which, options, said = MISTAKES[name]
     script = scripts[which]
-    usual = SMALL if which == "learn_policy" else {"source": "digits", "target": "digits", "strategies": "random",
-                                                   "budget": 10, "importance": False}  # fmt: skip
+    usual = {
+        "learn_policy": SMALL,
+        "evaluate_policy": {"source": "digits", "target": "digits", "strategies": "random", "budget": 10,
+                            "importance": False},
+        "many_targets": {"source": "digits", "target": "digits"},
+    }[which]  # fmt: skip
     config = script.Config(**{**usual, "meta_run": meta_run, "out": str(tmp_path / "run"), **options})
     with pytest.raises(SystemExit) as ended:
         script.main(lambda: script.job(config))
