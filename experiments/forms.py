@@ -126,13 +126,20 @@ def draw_forms(
 
 
 def make_sampler(config: Any, kind: Kind) -> Callable[[jax.Array, PyTree], Problem]:
-    """`(key, forms) -> Problem`, embedded rows that are standardised by the pool."""
-    composed = tasks.composed_problems(
-        ways=kind.ways, parts=config.parts, pool=kind.pool, test=config.test, validation=config.held_out,
-        imbalance=config.imbalance,
-    )  # fmt: skip
+    """`(key, forms) -> Problem`, embedded rows that are standardised by the pool.
+
+    There are fewer test rows than `config.test` where classes of one form each have no more.
+    """
 
     def sample(key: jax.Array, forms: PyTree) -> Problem:
+        room = kind.ways * forms.rows.shape[-1] - kind.pool - config.held_out
+        if room < 1:
+            raise ValueError(f"problems of {kind} leave no test rows: a form has {forms.rows.shape[-1]} examples; give "
+                             "--kinds of fewer rows, or a smaller --held-out")  # fmt: skip
+        composed = tasks.composed_problems(
+            ways=kind.ways, parts=config.parts, pool=kind.pool, test=min(config.test, room), validation=config.held_out,
+            imbalance=config.imbalance,
+        )  # fmt: skip
         which_key, key = jax.random.split(key)
         which = jax.random.randint(which_key, (), 0, forms.y.shape[0])
         problem = composed(key, jax.tree.map(lambda leaf: leaf[which], forms))

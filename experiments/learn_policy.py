@@ -98,7 +98,7 @@ class Config:
     parts: int = 3
     """Most forms of a class."""
     test: int = 400
-    """Its test rows."""
+    """Most test rows of a problem."""
     held_out: int = 100
     """Its validation rows, which imitation and regression measure labels by."""
     imbalance: float = 10.0

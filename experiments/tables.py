@@ -169,16 +169,55 @@ def few_shot_results() -> list[Path]:
 
 
 def policy_training(path: Path) -> str:
-    """What a policy reached on held-out problems of its source, beside rules on the same problems."""
+    """What a policy reached on held-out problems of its source, and less rules on the same problems, by their kind."""
     result = json.loads(path.read_text())
-    rows = {row["strategy"]: row for row in result["rows"] if row["metric"] == "area"}
-    paired = {pair["b"]["strategy"]: pair for pair in result["paired"]}
+    kind_of = lambda row: (row["ways"], row["pool"], row["labels"], row["batch"])  # noqa: E731
+    rows = {(kind_of(row), row["strategy"]): row for row in result["rows"] if row["metric"] == "area"}
+    paired = {(kind_of(pair), pair["b"]["strategy"]): pair for pair in result["paired"]}
+    kinds = list(dict.fromkeys(kind for kind, _ in rows))
     trained = next(row for row in reversed(result["rows"]) if row["metric"] == "validation_area")
-    lines = [[name, _percent(row), _difference(paired.get(name))] for name, row in rows.items()]
-    table = tabulate(lines, ["on the source", "area", "policy less this"], tablefmt="github", disable_numparse=True)
+    lines = [["area of the policy", *[_percent(rows[kind, "policy"]) for kind in kinds]]]
+    for rule in dict.fromkeys(name for _, name in paired):
+        lines.append([f"less {rule}", *[_difference(paired[kind, rule]) for kind in kinds]])
+    header = ["on the source", *["{} classes, {} rows, {} labels by {}".format(*kind) for kind in kinds]]
+    table = tabulate(lines, header, tablefmt="github", disable_numparse=True)
     caption = (f"`{result['command']}` ({result['device']}, {trained['seconds'] / 60:.0f} minutes of training, "
-               f"{rows['policy']['problems']} held-out problems)")  # fmt: skip
+               f"{rows[kinds[0], 'policy']['problems']} held-out problems of each kind)")  # fmt: skip
     return f"{caption}\n\n{table}"
+
+
+def policy_targets(path: Path, most: int | None = None) -> str:
+    """Trained policies on many targets: mean ranks, areas and differences, and each target's best rule."""
+    result = json.loads(path.read_text())
+    area = {(r["target"], r["strategy"]): r for r in result["rows"] if r["metric"] == "area" and r["target"] != "all"}
+    problems = {r["target"]: r for r in result["rows"] if r["metric"] == "problem"}
+    parts = []
+    for policy in dict.fromkeys(r["ranked_with"] for r in result["rows"] if "ranked_with" in r):
+        found = {(r["strategy"], r["metric"]): r for r in result["rows"] if r.get("ranked_with") == policy}
+        paired = {(p["target"], p["b"]["strategy"]): p for p in result["paired"]
+                  if p["a"]["strategy"] == policy and p["metric"] == "area"}  # fmt: skip
+        ranked = sorted((r for (_, metric), r in found.items() if metric == "mean_rank"), key=lambda r: r["mean"])
+        lines = []
+        for place, row in enumerate(ranked):
+            name = row["strategy"]
+            if most is not None and place >= most and name not in (policy, "random", "margin"):
+                continue
+            rank = f"{row['mean']:.1f} ± {(row['high'] - row['low']) / 2:.1f}"
+            lines.append([name, rank, _percent(found[name, "area"]), _difference(paired.get(("all", name)))])
+        header = ["strategy", f"mean rank of {len(ranked)}", "mean area", "policy less this"]
+        parts.append(tabulate(lines, header, tablefmt="github", disable_numparse=True))
+        rules = [row["strategy"] for row in ranked if row["strategy"] != policy]
+        lines = []
+        for target, of in problems.items():
+            best = max(rules, key=lambda name: area[target, name]["mean"])
+            about = f"{of['classes']} classes, {of['pool']} rows, {of['budget']} labels"
+            lines.append([target, about, _percent(area[target, policy]), _difference(paired[target, "random"]), best,
+                          _difference(paired[target, best])])  # fmt: skip
+        header = ["target", "problems", policy, "less random", "best rule there", "policy less it"]
+        parts.append(tabulate(lines, header, tablefmt="github", disable_numparse=True))
+    seeds, minutes = result["config"]["seeds"], result["seconds"] / 60
+    caption = f"`{result['command']}` ({result['device']}, {minutes:.0f} minutes, {seeds} seeds)"
+    return "\n\n".join([caption, *parts])
 
 
 def policy_evaluation(path: Path, most: int | None = None) -> str:
@@ -218,9 +257,10 @@ def _difference(pair: dict | None) -> str:
 
 
 def policy_results(kind: str) -> list[Path]:
-    """The result files of `evaluate_policy.py` (`on-TARGET...`) or of `learn_policy.py` (the others)."""
+    """The results of `evaluate_policy.py` (`on-TARGET`), `many_targets.py` (`many-...`) or `learn_policy.py`."""
     paths = sorted((ROOT / "experiments/results/policies").glob("*.json"))
-    return [path for path in paths if path.stem.startswith("on-") == (kind == "evaluation")]
+    kind_of = lambda path: {"on": "evaluation", "many": "targets"}.get(path.stem.partition("-")[0], "training")  # noqa: E731
+    return [path for path in paths if kind_of(path) == kind]
 
 
 def tables() -> dict[str, str]:
@@ -240,6 +280,8 @@ def tables() -> dict[str, str]:
         found[str(path.relative_to(ROOT))] = policy_training(path)
     for path in policy_results("evaluation"):
         found[str(path.relative_to(ROOT))] = policy_evaluation(path, 8)
+    for path in policy_results("targets"):
+        found[str(path.relative_to(ROOT))] = policy_targets(path, 8)
     for path in sorted((ROOT / "benchmarks/results").glob("*/loop.json")):
         found[str(path.relative_to(ROOT))] = benchmark(path)
     return found
@@ -269,6 +311,8 @@ def documents() -> dict[Path, str]:
                         f"{strategy_areas(places, batch, labels, tuple(order))}\n")  # fmt: skip
         for path in policy_results("evaluation"):
             text.append(f"## Trained policies, {path.stem}\n\n{policy_evaluation(path)}\n")
+        for path in policy_results("targets"):
+            text.append(f"## Trained policies, {path.stem}\n\n{policy_targets(path)}\n")
         found[ROOT / "experiments/results/README.md"] = "\n".join(text)
     return found
 

@@ -387,8 +387,8 @@ def composed_problems(
       replacement, test and validation first: where a form is nearly used up, its share of the pool is smaller.
 
     Raises:
-      ValueError: for numbers out of range, in the sampler for a source with fewer than `ways * parts` classes, or too
-        few rows. Rows that the drawn classes do not have get weight 0.
+      ValueError: for numbers out of range, in the sampler for a source with fewer than `ways * parts` classes, or with
+        too few rows where no class has more than one form. Rows that the drawn classes do not have get weight 0.
     """
     for name, value, least in (
         ("ways", ways, 2), ("pool", pool, 1), ("test", test, 1), ("validation", validation, 0), ("parts", parts, 1),
@@ -405,10 +405,10 @@ def composed_problems(
                 f"composed_problems: {ways} ways of {parts} parts need {ways * parts} classes, the source has "
                 f"{classes}; ask for fewer ways or parts"
             )
-        if ways * parts * most < pool + test + validation:
+        if ways * most < pool + test + validation:
             raise ValueError(
-                f"composed_problems: {pool + test + validation} rows wanted, {ways * parts} classes have at most "
-                f"{ways * parts * most}; ask for fewer"
+                f"composed_problems: {pool + test + validation} rows wanted, {ways} classes of one form each have at "
+                f"most {ways * most}; ask for fewer"
             )
         label = jax.random.permutation(class_key, classes)[: ways * parts].reshape(ways, parts)
         there = jax.random.uniform(there_key, (ways, parts)) < jax.random.uniform(many_key)

@@ -360,14 +360,20 @@ class TestComposedProblems:
         problem = self.draw(0, parts=1, pool=80, test=40, validation=20)
         weight = np.concatenate([problem.weight, problem.test.weight, problem.validation.weight])
         assert weight.sum() == 140
-        short = [self.draw(seed, pool=300, test=40, validation=20) for seed in range(3)]
-        assert min(float(problem.weight.sum()) for problem in short) < 300
+        # Classes of 30 rows, but for every other one, of 10: one form may be all that a class has.
+        some = jax.tree.map(jnp.asarray, tasks.class_data(*(a[(self.x[:, 0] % 2 == 0) | (self.x[:, 1] < 10)]
+                                                            for a in (self.x, self.x[:, 0]))))  # fmt: skip
+        draw = self.compiled(ways=5, pool=80, test=40, validation=20, parts=2)
+        short = [draw(jax.random.key(seed), some) for seed in range(12)]
+        assert min(float(problem.weight.sum()) for problem in short) < 80
         assert all(problem.test.weight.all() for problem in short)
+        assert all(len({tuple(row) for row in np.asarray(p.x)[np.asarray(p.weight) > 0]}) == p.weight.sum()
+                   for p in short)  # fmt: skip
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="need 45 classes, the source has 40"):
             self.draw(0, ways=15)
-        with pytest.raises(ValueError, match="560 rows wanted, 15 classes have at most 450"):
+        with pytest.raises(ValueError, match="560 rows wanted, 5 classes of one form each have at most 150"):
             self.draw(0, pool=500)
         with pytest.raises(ValueError, match="imbalance must be at least"):
             tasks.composed_problems(ways=2, pool=1, test=1, imbalance=0.5)
