@@ -202,8 +202,9 @@ def observe(
     n, c = probs.shape
     log_c = _log_classes(log_probs)
     real = (view.weight > 0).astype(jnp.float32)
-    best = lax.top_k(probs, min(2, c))[0]
-    margin = best[:, 0] - best[:, 1] if c > 1 else best[:, 0]
+    confidence = probs.max(-1)
+    # The second largest without a sort.
+    margin = confidence - jnp.where(jnp.arange(c) == probs.argmax(-1)[:, None], 0.0, probs).max(-1)
     entropy = entropy_of(log_probs) / log_c
     each = entropy_of(jax.nn.log_softmax(view.prediction.logits)).mean(0) / log_c
     disagreement = jnp.maximum(entropy - each, 0.0) if view.prediction.logits.shape[0] > 1 else jnp.zeros(n)
@@ -240,7 +241,7 @@ def observe(
     around = around / jnp.maximum(geometry.density, 1e-9)
 
     rows = jnp.stack(
-        [best[:, 0], margin, entropy, disagreement, change, flip, rise, nearness, geometry.density,
+        [confidence, margin, entropy, disagreement, change, flip, rise, nearness, geometry.density,
          geometry.typicality, coverage, uncertain_cover, around, filled, dissent], axis=-1
     )  # fmt: skip
     available = view.available
