@@ -178,7 +178,7 @@ def test_a_run_killed_three_times_ends_with_the_same_bytes(start, whole, folder)
 def test_other_meta_learners_have_a_training_of_their_own(attempt, tmp_path):
     """One whose head is meta-learned, one in closed form that also learns from the pool, and maml's body frozen."""
     learners = ("meta_sgd", "r2d2+propagation", "frozen")
-    options = {"learners": ",".join(learners), "strategies": "random", "meta_steps": 100, "seeds": 1, "pool_rows": 20}
+    options = {"learners": ",".join(learners), "strategies": "random", "meta_steps": 2, "seeds": 1, "pool_rows": 20}
     status, said = attempt(**options)
     assert status == 0, said
     run = tmp_path / "run"
