@@ -1,13 +1,19 @@
 """What all tests share: four forced host devices, keys, and the rule for tests that need real data."""
 
 import os
+from importlib.metadata import version
 
-# Before jax is imported: the number of host devices is read once.
+# Before jax is imported: flags and the number of host devices are read once. Most of the tests' time is compilation,
+# and their arrays are small: programs are little optimised. The scripts that `test_experiments.py` starts have jax's
+# own flags. XLA ends at a flag that it does not know, so the younger one is for the versions that have it.
+FLAGS = ["--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"]
+if version("jaxlib").startswith("0.10."):
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Files whose tests share what is costly to set up.
 TOGETHER = ("test_exemplars.py", "test_experiments.py", "test_outer.py", "test_strategy_experiment.py")

@@ -77,7 +77,7 @@ def test_what_a_run_leaves(whole):
 def test_a_killed_run_ends_with_the_same_bytes(whole, tmp_path):
     words = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     command = [sys.executable, str(SCRIPTS / "strategies.py"), *words, "--out", str(tmp_path / "run")]
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": "",
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
     process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     steps, began = tmp_path / "run" / "steps", time.monotonic()
