@@ -1,6 +1,7 @@
 """What all tests share: four forced host devices, keys, and the rule for tests that need real data."""
 
 import os
+import tempfile
 from importlib.metadata import version
 
 # Before jax is imported: flags and the number of host devices are read once. Most of the tests' time is compilation,
@@ -11,12 +12,18 @@ if version("jaxlib").startswith("0.10."):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What is traced anew is compiled once. Each worker has a folder of its own: entries are not written atomically.
+COMPILED = tempfile.TemporaryDirectory(prefix="metaal-compiled-", ignore_cleanup_errors=True)
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 # Files whose tests share what is costly to set up.
-TOGETHER = ("test_exemplars.py", "test_experiments.py", "test_outer.py", "test_strategy_experiment.py")
+TOGETHER = (
+    "test_exemplars.py", "test_experiments.py", "test_few_shot.py", "test_outer.py", "test_policy_experiments.py",
+    "test_strategy_experiment.py",
+)  # fmt: skip
 
 
 @pytest.hookimpl(optionalhook=True)
