@@ -2,15 +2,12 @@
 
 import os
 import tempfile
-from importlib.metadata import version
 
 # Before jax is imported: flags and the number of host devices are read once. Most of the tests' time is compilation,
 # and their arrays are small: programs are little optimised. The scripts that `test_experiments.py` starts have jax's
-# own flags. XLA ends at a flag that it does not know, so the younger one is for the versions that have it.
-FLAGS = ["--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"]
-if version("jaxlib").startswith("0.10."):
-    FLAGS += ["--xla_cpu_use_fusion_emitters=false"]
-os.environ["XLA_FLAGS"] = " ".join([*FLAGS, os.environ.get("XLA_FLAGS", "")])
+# own flags.
+FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What is traced anew is compiled once. Each worker has a folder of its own: entries are not written atomically.
 COMPILED = tempfile.TemporaryDirectory(prefix="metaal-compiled-", ignore_cleanup_errors=True)
