@@ -1,7 +1,7 @@
 """Trained policies on targets of many kinds: letters, photographs, digits and tables.
 
-Claim: a policy trained on problems made from CIFAR-10 alone has a better mean rank than every rule over ten targets
-that it has never seen, of 2 to 47 classes, and is on none of them worse than random.
+Claim: a policy trained on problems made from CIFAR-10 alone has a better mean rank than every single rule over ten
+targets that it has never seen, of 2 to 47 classes, and is on none of them worse than random.
 
     python experiments/many_targets.py --meta-run runs/cifar10-mnist
     python experiments/many_targets.py --targets iris,wine --strategies random,margin,max_herding
@@ -13,7 +13,8 @@ in `strategies.py`, and all strategies get the same problems. "all" leaves out t
 rows, and three rules whose cost grows with the square of the number of classes (hours at 47 classes; they are in the
 last third of `strategies.py`'s ranking).
 
-Expected: see experiments/results/policies/ and the README.
+Expected: a mean rank of 8.2 of 38 (max_herding 8.7, k_medoids 9.6, random 21.1); significantly above random on nine of
+the ten. All figures: experiments/results/policies/ and the README. 26 minutes on two cores.
 """
 
 import dataclasses
