@@ -155,6 +155,7 @@ MISTAKES = {
     "policy": ("evaluate_policy", {"policies": "nobody"}, "no policy 'nobody': give one of .*cifar10"),
     "pool rows": ("evaluate_policy", {"policies": "cifar10", "pool": 10**6}, "rows wanted for --pool"),
     "groups": ("many_targets", {"targets": "digits:kind"}, "'digits:kind' must be SET or SET:LABEL=NUMBER"),
+    "no rows of its own": ("many_targets", {"strategies": "random,oracle"}, "the oracle needs rows of its own"),
     "two targets": ("many_targets", {"targets": "iris,iris"}, "is empty or names one twice"),
     "one rule": ("many_targets", {"targets": "iris", "strategies": "margin"}, "must hold random and a rule"),
     "batches": ("evaluate_policy", {"policies": "cifar10", "batches": "1"}, "must hold a number from 2 on"),

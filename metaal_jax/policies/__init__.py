@@ -9,8 +9,9 @@ for reinforcement-learning code of others.
 from metaal_jax.policies import features
 from metaal_jax.policies.bandits import albl, exp4p
 from metaal_jax.policies.environment import environment
-from metaal_jax.policies.episodes import PolicyTrainer, TrainState, in_turn
+from metaal_jax.policies.episodes import PolicyTrainer, TrainState
 from metaal_jax.policies.evolution import evolution
+from metaal_jax.policies.in_turn import in_turn
 from metaal_jax.policies.learned import fixed, learned, prior
 from metaal_jax.policies.pathwise import pathwise, relaxed_batch
 from metaal_jax.policies.policy_gradient import ppo, reinforce
