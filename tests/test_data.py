@@ -642,7 +642,7 @@ def test_another_label_of_a_set(tmp_path, shapes):
     np.testing.assert_array_equal(streamed.y, other.y)
     with pytest.raises(DataError) as raised:
         load("tiny_shapes", "train", label="colour", data_dir=tmp_path)
-    check_message(raised.value, ["no class label 'colour'", "'label', 'kind'"])
+    check_message(raised.value, ["no class label 'colour'", "'kind', 'label'"])
 
 
 # The real sets, where they are prepared

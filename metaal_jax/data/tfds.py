@@ -127,7 +127,8 @@ def _image_and_label(builder: Any, name: str, label: str | None) -> tuple[str, s
     import tensorflow_datasets as tfds
 
     features = builder.info.features
-    found = dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+    # Sorted: a set read from its files has its features in no particular order.
+    found = dict(sorted(features.items())) if isinstance(features, tfds.features.FeaturesDict) else {}
     images = [key for key, feature in found.items() if type(feature) is tfds.features.Image]
     labels = [
         key for key, feature in found.items() if isinstance(feature, tfds.features.ClassLabel) and feature.num_classes
