@@ -20,68 +20,62 @@ Expected: see experiments/results/policies/ and the README.
 """
 
 import dataclasses
-import functools
-import math
-import shutil
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from tqdm import tqdm
 
 import meta_active
-from forms import Kind, embedded_forms, kinds_of, main_job, make_sampler, strengths_of
-from metaal_jax import checkpoint, models, policies
-from metaal_jax.base import Policy, PyTree
+from forms import embedded_forms, kinds_of, main_job, strengths_of
+from metaal_jax import policies
 from metaal_jax.metrics import interval
-from metaal_jax.policies import features
-from metaal_jax.policies.episodes import episode
 from paired import numbers, shown
-from registry import ALIASES, STRATEGIES, Need, find, make_policy, strategy_names
+from policy_training import (
+    BASELINE,
+    LEARNERS,
+    POLICIES,
+    TRAINED,
+    WAYS,
+    Trained,
+    areas,
+    first_metas,
+    make_chooser,
+    make_network,
+    make_trainers,
+    need_of,
+    rules_of,
+    train,
+)
+from registry import make_policy
 from report import write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
-from strategies import linear_learners, main_config
+from strategies import main_config
 
-WAYS = {
-    "evolution": "evolution strategies: the parameters are varied, whole episodes compared",
-    "reinforce": "policy gradient, other episodes of the same problem as baseline",
-    "ppo": "clipped policy gradient with a learned value",
-    "regression": "what a label is worth, measured by refitting, as a regression (LAL)",
-    "imitation": "the greedy oracle imitated, with data aggregation",
-    "classification": "whether a row's label helps, as a classifier",
-}
-POLICIES = {
-    "linear": "scores rows, linear in the features, with factors that move with the situation",
-    "row": "scores every row by a small network",
-    "set": "scores every row in view of the others",
-    "selector": "chooses among rules in every round, linear as well",
-}
-BASELINE = "max_herding"
 # A run may go on for longer: what is there stays as it is.
 FREE = frozenset({"out", "resume", "data_dir", "save_results", "save_policy", "minutes", "pieces"})
+
+
+def choices(lines: dict[str, str]) -> str:
+    """Names and what they mean, for `--help`."""
+    return "One of: " + "; ".join(f"{name}: {line}" for name, line in lines.items())
 
 
 @dataclass(frozen=True)
 class Config:
     """Trains an acquisition policy on a source's problems."""
 
-    way: Annotated[str, tyro.conf.arg(help="One of: " + "; ".join(f"{n}: {t}" for n, t in WAYS.items()))] = "evolution"
+    way: Annotated[str, tyro.conf.arg(help=choices({name: way.line for name, way in WAYS.items()}))] = "evolution"
     source: str = "cifar10"
     """Data set that problems are made from; the one that the main job's network was meta-trained on."""
     target: str = "mnist"
     """Data set that the main job was for: it decides the shape of rows, and is not looked at."""
     meta_run: str | None = None
     """Run folder of the main job for this source and target, whose network embeds. None trains it here."""
-    policy: Annotated[str, tyro.conf.arg(help="One of: " + "; ".join(f"{n}: {t}" for n, t in POLICIES.items()))] = (
-        "linear"
-    )
+    policy: Annotated[str, tyro.conf.arg(help=choices(POLICIES))] = "linear"
     arms: str = "random,margin,badge,typical,max_herding"
     """Comma-separated rules that a selector chooses among; max_herding, which it begins with, among them."""
     start: float = 1.0
@@ -130,6 +124,14 @@ class Config:
     """Rows that stand for the pool in training."""
     candidates: int = 48
     """Rows a round that imitation, regression and classification try and that policy gradients choose from."""
+    learner: Annotated[str, tyro.conf.arg(help=choices(LEARNERS))] = "linear"
+    train: Annotated[str, tyro.conf.arg(help="What the way pathwise trains. " + choices(TRAINED))] = "policy"
+    learner_rate: float = 3e-3
+    """Learning rate of the learner's meta-parameters (Adam)."""
+    ridge: float = 10.0
+    """Ridge that meta-training begins with."""
+    scale: float = 5.0
+    """Factor on the ridge regression's outputs that meta-training begins with."""
     steps: int = 50
     """Steps of the linear layer."""
     rate: float = 1e-2
@@ -157,7 +159,8 @@ class Config:
 
 def check(config: Config) -> None:
     """Checks what can be checked without data."""
-    for text, known, what in ((config.way, WAYS, "way"), (config.policy, POLICIES, "policy")):
+    for text, known, what in ((config.way, WAYS, "way"), (config.policy, POLICIES, "policy"),
+                              (config.learner, LEARNERS, "learner"), (config.train, TRAINED, "train")):  # fmt: skip
         if names(text, known, what) != (text,):
             raise UsageError(f"--{what} {text!r}: give one; choose from {', '.join(known)}")
     for field in dataclasses.fields(config):
@@ -175,141 +178,12 @@ def check(config: Config) -> None:
     if config.policy == "selector" and config.way not in ("evolution", "reinforce", "ppo"):
         raise UsageError(f"--way {config.way} measures single rows, which a selector does not score; give evolution, "
                          "reinforce or ppo")  # fmt: skip
-
-
-def rules_of(config: Config, option: str) -> tuple[str, ...]:
-    """The rules of the report or a selector's, `rules` or `arms`."""
-    text = getattr(config, option)
-    rules = tuple(ALIASES.get(name, name) for name in strategy_names(text))
-    plain = [name for name in rules if name in STRATEGIES and not find(name).committee and not find(name).costly
-             and name != "predicted_loss"]  # fmt: skip
-    if BASELINE not in rules or len(plain) < len(rules):
-        raise UsageError(f"--{option} {text!r} must hold {BASELINE}, and none that asks more than one plain model")
-    return rules
-
-
-def make_network(config: Config) -> Any:
-    """The network that scores rows, or a selector's rules, before training."""
-    prior = policies.prior(uncertain_cover=config.start)
-    if config.policy in ("row", "set"):
-        return {"row": models.RowNetwork, "set": models.SetNetwork}[config.policy](prior=prior)
-    moving = tuple(features.SITUATION.index(name) for name in ("labels", "margin"))
-    # A single model has no disagreement: its factors would be noise.
-    place = features.ROWS.index("disagreement")
-    ignored = (place, place + len(features.ROWS))
-    if config.policy == "selector":
-        prior = policies.favoured(rules_of(config, "arms").index(BASELINE), config.start)
-    return models.LinearNetwork(ignored=ignored, situation=moving, prior=prior)
-
-
-def need_of(config: Config, kind: Kind) -> Need:
-    """What rules are made from in a kind of problems."""
-    learner, refit = linear_learners(config, kind.ways)
-    return Need(k=kind.batch, rounds=kind.budget // kind.batch, classes=kind.ways, learner=learner, refit=refit,
-                loss_learner=learner)  # fmt: skip
-
-
-def make_chooser(config: Config, kind: Kind, network: Any, **options: Any) -> Policy:
-    """The policy as it will be used, or with the options of its training."""
-    if config.policy == "selector":
-        rules = [make_policy(name, need_of(config, kind)) for name in rules_of(config, "arms")]
-        return policies.selector(rules, network, k=kind.batch, **options)
-    return policies.learned(network, k=kind.batch, **options)
-
-
-def make_trainer(config: Config, kind: Kind, network: Any) -> policies.PolicyTrainer:
-    """The way to train, on the linear layer and one kind of problems."""
-    learner, refit = linear_learners(config, kind.ways)
-    sampler, k = make_sampler(config, kind), kind.batch
-    rate = config.policy_rate * (0.1 if config.policy in ("row", "set") else 1.0)
-    common: dict[str, Any] = {
-        "optimizer": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)), "budget": kind.budget, "k": k,
-        "chunk": 1 if jax.default_backend() == "cpu" else None,
-    }  # fmt: skip
-    greedy = functools.partial(make_chooser, config, kind, network, anchors=config.anchors)
-    drawn = greedy(sample=True, **({} if config.policy == "selector" else {"candidates": config.candidates}))
-    if config.way == "evolution":
-        return policies.evolution(learner, greedy(), sampler, problems=config.problems, pairs=config.episodes // 2,
-                                  deviation=config.deviation, **common)  # fmt: skip
-    if config.way == "reinforce":
-        return policies.reinforce(learner, drawn, sampler, problems=config.problems, rollouts=config.episodes, **common)
-    if config.way == "ppo":
-        parts = math.gcd(4, config.problems * (kind.budget // k))
-        return policies.ppo(learner, drawn, sampler, episodes=config.problems, minibatches=parts, **common)
-    return policies.supervised(learner, drawn, sampler, target=config.way, refit=refit, episodes=config.problems,
-                               expert_steps=config.piece_steps // 2, **common)  # fmt: skip
-
-
-def areas(config: Config, kind: Kind, policy: Policy) -> Callable[..., jax.Array]:
-    """`(key, params, forms, number) -> accuracy [number, rounds]`: the same problems and keys for all policies."""
-    learner, sampler = need_of(config, kind).learner, make_sampler(config, kind)
-    play = episode(learner, policy, budget=kind.budget, k=kind.batch, record=False)
-
-    @functools.partial(jax.jit, static_argnames="number")
-    def run(key: jax.Array, params: PyTree, forms: PyTree, number: int) -> jax.Array:
-        def one(key: jax.Array) -> jax.Array:
-            problem_key, run_key = jax.random.split(key)
-            problem = sampler(problem_key, forms)
-            meta = learner.init(run_key, problem.x)
-            return play(run_key, params, meta, problem).accuracy
-
-        return jax.lax.map(one, jax.random.split(key, number), batch_size=8)
-
-    return run
-
-
-def train(
-    config: Config, folder: RunFolder, trainer: policies.PolicyTrainer, judges: list[Callable], forms: tuple,
-    metas: tuple,
-) -> tuple[PyTree, int, list[dict]]:  # fmt: skip
-    """Trains in pieces until the time is spent; the parameters that validation chose, their piece, and the records."""
-    init_key, run_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
-    data = (forms[0],) * len(metas)
-    state = jax.jit(trainer.init)(init_key, metas, data)
-    run = jax.jit(functools.partial(trainer.run, steps=config.piece_steps))
-    path = lambda piece, what="params": folder.path / "checkpoints" / f"{what}_{piece:02d}"  # noqa: E731
-    shape = state
-    records: list[dict] = []
-
-    def validated(params: PyTree) -> dict[str, float]:
-        found = [judge(validation_key, params, forms[1], config.validation_problems).mean() for judge in judges]
-        return {"validation": round_to(np.mean(found)),
-                **{f"validation_{number}": round_to(value) for number, value in enumerate(found)}}  # fmt: skip
-
-    def keep(piece: int) -> None:
-        checkpoint.save(path(piece), state.params)
-        checkpoint.save(path(piece, "state"), state)
-        # The state may be large, with what a trainer remembers; the one before is for a run that is killed here.
-        shutil.rmtree(path(piece - 2, "state"), ignore_errors=True)
-
-    def begin() -> list[dict]:
-        keep(0)
-        return [{"series": "train", "at": 0, "seconds": 0.0, **validated(state.params)}]
-
-    records += folder.step("piece-00", begin)
-    loaded = 0
-    for piece in tqdm(range(1, config.pieces + 1), desc=f"{config.way}"):
-
-        def compute(piece: int = piece, before: float = records[-1]["seconds"]) -> list[dict]:
-            nonlocal state, loaded
-            if loaded != piece - 1:
-                state = jax.device_put(checkpoint.restore(path(piece - 1, "state"), shape))
-            start = time.perf_counter()
-            state, metrics = jax.block_until_ready(run(run_key, state, data))
-            seconds = before + time.perf_counter() - start
-            loaded = piece
-            keep(piece)
-            return [{"series": "train", "at": piece * config.piece_steps, "seconds": round(seconds, 1),
-                     **validated(state.params),
-                     **{name: round_to(values.mean()) for name, values in metrics.items()}}]  # fmt: skip
-
-        if not folder.done(f"piece-{piece:02d}") and records[-1]["seconds"] >= 60 * config.minutes:
-            break
-        records += folder.step(f"piece-{piece:02d}", compute)
-        for name in sorted(set(records[-1]) - {"series", "at"}):
-            folder.board(f"train/{name}", records[-1][name], records[-1]["at"])
-    best = int(np.argmax([record["validation"] for record in records]))
-    return jax.device_put(checkpoint.restore(path(best), shape.params)), best, records
+    if config.train != "policy" and (config.way != "pathwise" or len(kinds_of(config.kinds)) > 1):
+        raise UsageError(f"--train {config.train} needs gradients that reach the learner, and problems of one kind: "
+                         "give --way pathwise and one of --kinds")  # fmt: skip
+    if config.train != "policy" and config.learner != "ridge":
+        raise UsageError(f"--train {config.train}: a new task's classes come in any order, so a linear layer has no "
+                         "start worth learning; give --learner ridge")  # fmt: skip
 
 
 def job(config: Config) -> None:
@@ -319,19 +193,16 @@ def job(config: Config) -> None:
     setting = meta_active.Setting(main_config(main_job(config)))
     with arguments():
         network = make_network(config)
-        trainer = policies.in_turn([make_trainer(config, kind, network) for kind in kinds])
-        judges = [areas(config, kind, make_chooser(config, kind, network)) for kind in kinds]
+        make_trainers(config, network)
     folder = RunFolder(config.out or f"runs/policies/{config.source}-{config.policy}-{config.way}", config,
                        resume=config.resume, free=FREE)  # fmt: skip
     forms = embedded_forms(config, setting, folder)
-    metas = []
     with arguments():
-        for kind in kinds:
-            learner, sampler = need_of(config, kind).learner, make_sampler(config, kind)
-            shapes = [jax.eval_shape(sampler, jax.random.key(0), bank).x for bank in forms]
-            metas.append(learner.init(jax.random.key(config.seed), jnp.zeros(shapes[0].shape)))
-    params, best, records = train(config, folder, trainer, judges, forms, tuple(metas))
-    curves = [report(config, folder, network, params, forms[2], place, best) for place in range(len(kinds))]
+        for bank in forms:
+            first_metas(config, bank)
+    trained = train(config, folder, network, forms)
+    params, records = trained.params, trained.records
+    curves = [report(config, folder, network, trained, forms, place) for place in range(len(kinds))]
 
     rows, paired = result_rows(config, curves, records)
     about = {"command": command(), "source": config.source, "way": config.way, "kinds": config.kinds,
@@ -356,24 +227,28 @@ def job(config: Config) -> None:
 
 
 def report(
-    config: Config, folder: RunFolder, network: Any, params: PyTree, forms: PyTree, place: int, best: int
+    config: Config, folder: RunFolder, network: Any, trained: Trained, forms: tuple, place: int
 ) -> dict[str, np.ndarray]:
-    """Accuracies `[problems, rounds]` by name on held-out problems of a kind: the policy, its start, and rules."""
+    """Accuracies `[problems, rounds]` by name on held-out problems of a kind: the policy, its start, and rules.
+
+    The start has the learner's as well; rules have the learner as it is after training.
+    """
     kind = kinds_of(config.kinds)[place]
 
     def compute() -> list[dict]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 7), place)
-        policy = make_chooser(config, kind, network)
-        compared = {"policy": (policy, params), "start": (policy, policy.init(key))}
-        compared |= {name: (make_policy(name, need_of(config, kind)), ()) for name in rules_of(config, "rules")}
+        policy, meta = make_chooser(config, kind, network), trained.metas[place]
+        compared = {"policy": (policy, trained.params, meta),
+                    "start": (policy, policy.init(key), first_metas(config, forms[0])[place])}  # fmt: skip
+        compared |= {name: (make_policy(name, need_of(config, kind)), (), meta) for name in rules_of(config, "rules")}
         found = []
-        for name, (chooser, own) in tqdm(compared.items(), desc=f"report, {kind}"):
-            accuracy = areas(config, kind, chooser)(key, own, forms, config.report_problems)
+        for name, (chooser, *own) in tqdm(compared.items(), desc=f"report, {kind}"):
+            accuracy = areas(config, kind, chooser)(key, *own, forms[2], config.report_problems)
             found += [{"series": name, "kind": list(kind), "problem": i, "accuracy": [round_to(v) for v in row]}
                       for i, row in enumerate(np.asarray(accuracy))]  # fmt: skip
         return found
 
-    records = folder.step(f"report-{best:02d}-{place}", compute)
+    records = folder.step(f"report-{trained.best:02d}-{place}", compute)
     return {name: np.asarray([r["accuracy"] for r in records if r["series"] == name])
             for name in dict.fromkeys(r["series"] for r in records)}  # fmt: skip
 

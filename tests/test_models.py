@@ -87,6 +87,7 @@ def test_batch_norm_against_numpy_and_padding(key):
 
 
 NETWORKS = {  # model, input shape of a row, width of the embedding
+    "projection": (models.Projection(3), (7,), 7),
     "mlp": (models.MLP(3, hidden=(16, 8)), (8, 8, 1), 8),
     "linear": (models.MLP(3, hidden=()), (8, 8, 1), 64),
     "mlp bfloat16": (models.MLP(3, hidden=(16, 8), dtype=jnp.bfloat16), (8, 8, 1), 8),
@@ -98,6 +99,16 @@ NETWORKS = {  # model, input shape of a row, width of the embedding
     "resnet12 bfloat16": (models.ResNet12(3, filters=(4, 6), dtype=jnp.bfloat16), (8, 8, 1), 6),
     "conv4 bfloat16 batch": (models.Conv4(3, filters=8, norm="batch", dtype=jnp.bfloat16), (16, 16, 3), 8),
 }
+
+
+def test_projection_starts_as_the_identity(key):
+    x = jax.random.normal(key, (5, 7))
+    model = models.Projection(3)
+    variables = model.init(key, x)
+    np.testing.assert_array_equal(model.apply(variables, x)[1], x)
+    turn = jax.random.normal(key, (7, 7))
+    variables = {"params": {**variables["params"], "map": {"kernel": turn}}}
+    np.testing.assert_allclose(model.apply(variables, x)[1], x + x @ turn, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.float32])

@@ -26,7 +26,14 @@ def scripts():
     sys.path.insert(0, str(SCRIPTS))
     yield {
         name: importlib.import_module(name)
-        for name in ("meta_active", "learn_policy", "evaluate_policy", "many_targets")
+        for name in (
+            "meta_active",
+            "learn_policy",
+            "policy_training",
+            "compare_trainings",
+            "evaluate_policy",
+            "many_targets",
+        )
     }
     sys.path.remove(str(SCRIPTS))
 
@@ -82,18 +89,42 @@ def test_what_training_leaves_and_how_it_goes_on(scripts, meta_run, trained, tmp
 @pytest.mark.parametrize("policy", ["linear", "row", "set", "selector"])
 def test_every_way_makes_a_step(scripts, policy):
     """Traced, not run: `tests/test_policies.py` trains by each of them."""
-    script = scripts["learn_policy"]
+    script, training = scripts["learn_policy"], scripts["policy_training"]
     x, y = np.zeros((120, 7), np.float32), np.repeat([0, 1, 2], 40)
     forms = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tasks.class_data(x, y))
     for way in ("evolution", "reinforce", "ppo") if policy == "selector" else script.WAYS:
         config = script.Config(**{**SMALL, "candidates": 6, "way": way, "policy": policy, "arms": "random,max_herding"})
-        kinds, network = script.kinds_of(config.kinds), script.make_network(config)
-        trainer = policies.in_turn([script.make_trainer(config, kind, network) for kind in kinds])
-        metas = [script.need_of(config, kind).learner.init(jax.random.key(0), jnp.zeros((1, 7))) for kind in kinds]
-        state = jax.eval_shape(trainer.init, jax.random.key(0), tuple(metas), (forms, forms))
+        trainer = training.make_trainers(config, training.make_network(config))
+        state = jax.eval_shape(trainer.init, jax.random.key(0), training.first_metas(config, forms), (forms, forms))
         after, metrics = jax.eval_shape(trainer.step, jax.random.key(0), state, (forms, forms))
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert {"area_0", "area_1"} <= set(metrics)
+
+
+@pytest.mark.parametrize("what", ["ways", "joint"])
+def test_trainings_compared(scripts, meta_run, tmp_path, what):
+    """Every policy with every learner on the same problems; differences are those of the curves."""
+    script = scripts["compare_trainings"]
+    arms = "evolution,pathwise" if what == "ways" else "policy,both"
+    script.job(script.Config(
+        what=what, trainings=arms, kinds="2:40:2:4", parts=1, test=20, held_out=10, minutes=1e-4, pieces=1,
+        piece_steps=1, runs=2, validation_problems=2, report_problems=3, source="digits", target="digits",
+        meta_run=meta_run, out=str(tmp_path / "run"),
+    ))  # fmt: skip
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    learners = ("start",) if what == "ways" else ("start", "both")
+    names = {(policy, learner) for policy in ("max_herding", "start", *arms.split(",")) for learner in learners}
+    area = {(r["series"], r["learner"], r["run"], r["problem"]): np.mean(r["accuracy"]) for r in records}
+    assert set(area) == {(*name, run, i) for name in names for run in (0, 1) for i in range(3)}
+    mean = {name: np.mean([area[*name, run, i] for run in (0, 1) for i in range(3)]) for name in names}
+    who = lambda row: (row["strategy"], row["learner"])  # noqa: E731
+    rows = {who(row): row for row in result["rows"] if row["metric"] == "area"}
+    np.testing.assert_allclose([rows[name]["mean"] for name in names], [mean[name] for name in names], atol=2e-5)
+    assert len(result["paired"]) == len(names) * (len(names) - 1)
+    for pair in result["paired"]:
+        np.testing.assert_allclose(pair["difference"], mean[who(pair["a"])] - mean[who(pair["b"])], atol=4e-5)
+    assert all(row["mean"] > 0 for row in result["rows"] if row["metric"] == "seconds_of_training")
 
 
 def test_evaluation_beside_rules(scripts, meta_run, trained, tmp_path):
@@ -150,6 +181,11 @@ MISTAKES = {
     "pool": ("learn_policy", {"kinds": "2:3:2:4"}, "the 4 labels of '2:3:2:4' must be .* no more than the pool's rows"),
     "arms": ("learn_policy", {"policy": "selector", "arms": "max_herding,bald"}, "none that asks more than one plain"),
     "measured": ("learn_policy", {"policy": "selector", "way": "imitation"}, "which a selector does not score"),
+    "joint": ("learn_policy", {"train": "both"}, "give --way pathwise and one of --kinds"),
+    "one kind": ("learn_policy", {"train": "both", "way": "pathwise"}, "problems of one kind"),
+    "linear": ("learn_policy", {"train": "learner", "way": "pathwise", "kinds": "2:40:2:4"}, "give --learner ridge"),
+    "trainings": ("compare_trainings", {"trainings": "both"}, "unknown training 'both'; .*choose from evolution"),
+    "kinds compared": ("compare_trainings", {"kinds": "2:40:2:4,2:30:1:2"}, "give one kind of problems"),
     "forms": ("learn_policy", {"parts": 3}, "need 6 classes, the source has 5"),
     "no main job": ("learn_policy", {"meta_run": "nowhere"}, "holds no finished meta-training"),
     "policy": ("evaluate_policy", {"policies": "nobody"}, "no policy 'nobody': give one of .*cifar10"),
@@ -171,6 +207,7 @@ def test_a_mistake_is_one_line_with_its_remedy(scripts, meta_run, tmp_path, capf
         "evaluate_policy": {"source": "digits", "target": "digits", "strategies": "random", "budget": 10,
                             "importance": False},
         "many_targets": {"source": "digits", "target": "digits"},
+        "compare_trainings": {"source": "digits", "target": "digits"},
     }[which]  # fmt: skip
     config = script.Config(**{**usual, "meta_run": meta_run, "out": str(tmp_path / "run"), **options})
     with pytest.raises(SystemExit) as ended:

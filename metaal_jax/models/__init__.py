@@ -7,7 +7,7 @@ learners treat it apart from the body.
 """
 
 from metaal_jax.models.layers import BatchNorm, Conv, Dropout, max_pool
-from metaal_jax.models.networks import MLP, Conv4, ResNet12, as_float
+from metaal_jax.models.networks import MLP, Conv4, Projection, ResNet12, as_float
 from metaal_jax.models.policy import LinearNetwork, RowNetwork, SetNetwork
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Conv4",
     "Dropout",
     "LinearNetwork",
+    "Projection",
     "ResNet12",
     "RowNetwork",
     "SetNetwork",

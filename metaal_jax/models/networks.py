@@ -48,6 +48,28 @@ class MLP(nn.Module):
         return _head(x, self.classes, self.zero_head)
 
 
+class Projection(nn.Module):
+    """A linear map of rows that are embedded already, from the identity, and a linear classifier.
+
+    The embedding is `x + x W` with a square `W` that starts at 0: what a few tasks can teach about the directions of an
+    embedding that stays as it is.
+
+    Attributes:
+      classes: number of logits.
+      zero_head: see `MLP`.
+    """
+
+    classes: int
+    zero_head: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
+        """`[n, ...]` -> logits `[n, classes]`, embedding `[n, d]`."""
+        x = as_float(x).reshape(x.shape[0], -1)
+        moved = nn.Dense(x.shape[1], use_bias=False, kernel_init=nn.initializers.zeros_init(), name="map")(x)
+        return _head(x + moved, self.classes, self.zero_head)
+
+
 class Conv4(nn.Module):
     """The few-shot field's convolutional network: blocks of 3 x 3 convolution, norm, ReLU, each halving the image.
 

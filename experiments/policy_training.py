@@ -1,0 +1,278 @@
+"""Acquisition policies trained by any way, in pieces that a run folder keeps, and judged by whole episodes.
+
+What `learn_policy.py` and the scripts that compare trainings share; `config` is that of `learn_policy.py`.
+"""
+
+import functools
+import math
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from forms import Kind, kinds_of, make_sampler
+from metaal_jax import checkpoint, learners, models, policies
+from metaal_jax.base import Learner, Policy, PyTree
+from metaal_jax.policies import features
+from metaal_jax.policies.episodes import episode
+from registry import ALIASES, STRATEGIES, Need, find, make_policy, strategy_names
+from runs import RunFolder, UsageError, round_to
+from strategies import linear_learners
+
+BASELINE = "max_herding"
+POLICIES = {
+    "linear": "scores rows, linear in the features, with factors that move with the situation",
+    "row": "scores every row by a small network",
+    "set": "scores every row in view of the others",
+    "selector": "chooses among rules in every round, linear as well",
+}
+LEARNERS = {
+    "linear": "a linear layer trained by Adam, as in strategies.py",
+    "ridge": "ridge regression on a linear map of the embedding; both can be meta-trained",
+}
+TRAINED = {
+    "policy": "the policy alone",
+    "learner": "the learner's meta-parameters alone, under the policy's start",
+    "both": "both at once",
+}
+
+
+def _evolution(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> policies.PolicyTrainer:
+    policy = make_chooser(config, kind, network, anchors=config.anchors)
+    return policies.evolution(policy=policy, problems=config.problems, pairs=config.episodes // 2,
+                              deviation=config.deviation, **common)  # fmt: skip
+
+
+def _drawing(config: Any, kind: Kind, network: Any) -> Policy:
+    """The policy with batches drawn by its probabilities."""
+    options = {} if config.policy == "selector" else {"candidates": config.candidates}
+    return make_chooser(config, kind, network, anchors=config.anchors, sample=True, **options)
+
+
+def _reinforce(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> policies.PolicyTrainer:
+    return policies.reinforce(policy=_drawing(config, kind, network), problems=config.problems,
+                              rollouts=config.episodes, **common)  # fmt: skip
+
+
+def _ppo(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> policies.PolicyTrainer:
+    parts = math.gcd(4, config.problems * (kind.budget // kind.batch))
+    return policies.ppo(policy=_drawing(config, kind, network), episodes=config.problems, minibatches=parts, **common)
+
+
+def _supervised(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> policies.PolicyTrainer:
+    return policies.supervised(policy=_drawing(config, kind, network), target=config.way,
+                               refit=learners_of(config, kind.ways)[1], episodes=config.problems,
+                               expert_steps=config.piece_steps // 2, **common)  # fmt: skip
+
+
+def _pathwise(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> policies.PolicyTrainer:
+    joint = config.train != "policy"
+    if joint:
+        groups = {"policy": common["optimizer"] if config.train == "both" else optax.set_to_zero(),
+                  "learner": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learner_rate))}  # fmt: skip
+        common = {**common, "optimizer": optax.partition(groups, ("policy", "learner"))}
+    # Adam's derivative is NaN where a gradient is 0, without `eps_root`.
+    common["learner"] = learners_of(config, kind.ways, eps_root=1e-8)[0]
+    return policies.pathwise(policy=_drawing(config, kind, network), problems=config.problems, joint=joint, **common)
+
+
+class Way(NamedTuple):
+    """A way to train.
+
+    Attributes:
+      line: what it does, for `--help`.
+      make: `(config, kind, network, what all trainers take) -> trainer`.
+    """
+
+    line: str
+    make: Callable[..., policies.PolicyTrainer]
+
+
+WAYS = {
+    "evolution": Way("evolution strategies: the parameters are varied, whole episodes compared", _evolution),
+    "reinforce": Way("policy gradient, other episodes of the same problem as baseline", _reinforce),
+    "ppo": Way("clipped policy gradient with a learned value", _ppo),
+    "regression": Way("what a label is worth, measured by refitting, as a regression (LAL)", _supervised),
+    "imitation": Way("the greedy oracle imitated, with data aggregation", _supervised),
+    "classification": Way("whether a row's label helps, as a classifier", _supervised),
+    "pathwise": Way("gradients through a relaxed choice, the learner's adaptation and the loss", _pathwise),
+}
+
+
+def rules_of(config: Any, option: str) -> tuple[str, ...]:
+    """The rules of the report or a selector's, `rules` or `arms`."""
+    text = getattr(config, option)
+    rules = tuple(ALIASES.get(name, name) for name in strategy_names(text))
+    plain = [name for name in rules if name in STRATEGIES and not find(name).committee and not find(name).costly
+             and name != "predicted_loss"]  # fmt: skip
+    if BASELINE not in rules or len(plain) < len(rules):
+        raise UsageError(f"--{option} {text!r} must hold {BASELINE}, and none that asks more than one plain model")
+    return rules
+
+
+def make_network(config: Any) -> Any:
+    """The network that scores rows, or a selector's rules, before training."""
+    prior = policies.prior(uncertain_cover=config.start)
+    if config.policy in ("row", "set"):
+        return {"row": models.RowNetwork, "set": models.SetNetwork}[config.policy](prior=prior)
+    moving = tuple(features.SITUATION.index(name) for name in ("labels", "margin"))
+    # A single model has no disagreement: its factors would be noise.
+    place = features.ROWS.index("disagreement")
+    ignored = (place, place + len(features.ROWS))
+    if config.policy == "selector":
+        prior = policies.favoured(rules_of(config, "arms").index(BASELINE), config.start)
+    return models.LinearNetwork(ignored=ignored, situation=moving, prior=prior)
+
+
+def learners_of(config: Any, ways: int, eps_root: float = 0.0) -> tuple[Learner, Learner]:
+    """The learner, and its quicker form for what refits it by the thousand; `eps_root` is for its Adam, if any."""
+    if config.learner == "linear":
+        return linear_learners(config, ways, eps_root)
+    ridge = learners.r2d2(models.Projection(ways), ridge=config.ridge, scale=config.scale, intercept=True)
+    return ridge, ridge
+
+
+def need_of(config: Any, kind: Kind) -> Need:
+    """What rules are made from in a kind of problems."""
+    learner, refit = learners_of(config, kind.ways)
+    return Need(k=kind.batch, rounds=kind.budget // kind.batch, classes=kind.ways, learner=learner, refit=refit,
+                loss_learner=learner)  # fmt: skip
+
+
+def make_chooser(config: Any, kind: Kind, network: Any, **options: Any) -> Policy:
+    """The policy as it will be used, or with the options of its training."""
+    if config.policy == "selector":
+        rules = [make_policy(name, need_of(config, kind)) for name in rules_of(config, "arms")]
+        return policies.selector(rules, network, k=kind.batch, **options)
+    return policies.learned(network, k=kind.batch, **options)
+
+
+def make_trainer(config: Any, kind: Kind, network: Any) -> policies.PolicyTrainer:
+    """The way to train, on one kind of problems."""
+    rate = config.policy_rate * (0.1 if config.policy in ("row", "set") else 1.0)
+    common = {
+        "learner": learners_of(config, kind.ways)[0], "sampler": make_sampler(config, kind),
+        "optimizer": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)),
+        "budget": kind.budget, "k": kind.batch, "chunk": 1 if jax.default_backend() == "cpu" else None,
+    }  # fmt: skip
+    return WAYS[config.way].make(config, kind, network, common)
+
+
+def make_trainers(config: Any, network: Any) -> policies.PolicyTrainer:
+    """The way to train on all kinds in turn, or, where the learner is trained as well, on the only one."""
+    trainers = [make_trainer(config, kind, network) for kind in kinds_of(config.kinds)]
+    return policies.in_turn(trainers) if config.train == "policy" else trainers[0]
+
+
+def first_metas(config: Any, forms: PyTree) -> tuple[PyTree, ...]:
+    """The learners' meta-parameters before training, of each kind of problems."""
+    metas = []
+    for kind in kinds_of(config.kinds):
+        rows = jax.eval_shape(make_sampler(config, kind), jax.random.key(0), forms).x
+        metas.append(need_of(config, kind).learner.init(jax.random.key(config.seed), jnp.zeros(rows.shape)))
+    return tuple(metas)
+
+
+Areas = Callable[[jax.Array, PyTree, PyTree, PyTree, int], jax.Array]
+
+
+def areas(config: Any, kind: Kind, policy: Policy) -> Areas:
+    """`(key, params, meta, forms, number) -> accuracy [number, rounds]`: the same problems for all policies."""
+    learner, sampler = need_of(config, kind).learner, make_sampler(config, kind)
+    play = episode(learner, policy, budget=kind.budget, k=kind.batch, record=False)
+
+    @functools.partial(jax.jit, static_argnums=4)
+    def run(key: jax.Array, params: PyTree, meta: PyTree, forms: PyTree, number: int) -> jax.Array:
+        def one(key: jax.Array) -> jax.Array:
+            problem_key, run_key = jax.random.split(key)
+            return play(run_key, params, meta, sampler(problem_key, forms)).accuracy
+
+        return jax.lax.map(one, jax.random.split(key, number), batch_size=8)
+
+    return run
+
+
+class Trained(NamedTuple):
+    """What a training gives.
+
+    Attributes:
+      params: the policy's parameters that validation chose.
+      metas: the learners' meta-parameters of the same piece, for each kind of problems.
+      best: that piece.
+      records: a line for each piece.
+    """
+
+    params: PyTree
+    metas: tuple[PyTree, ...]
+    best: int
+    records: list[dict]
+
+
+def train(config: Any, folder: RunFolder, network: Any, forms: tuple) -> Trained:
+    """Trains in pieces until the time is spent, or goes on from the last piece that the folder holds.
+
+    `forms` are those of training, of validation and of the report.
+    """
+    kinds = kinds_of(config.kinds)
+    judges = [areas(config, kind, make_chooser(config, kind, network)) for kind in kinds]
+    trainer, metas = make_trainers(config, network), first_metas(config, forms[0])
+    alone = config.train != "policy"
+    init_key, run_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
+    data = forms[0] if alone else (forms[0],) * len(kinds)
+    state = jax.jit(trainer.init)(init_key, metas[0] if alone else metas, data)
+    # Compiled here, so that the time to train is time spent on training.
+    run = jax.jit(functools.partial(trainer.run, steps=config.piece_steps)).lower(run_key, state, data).compile()
+    path = lambda piece, what="params": folder.path / "checkpoints" / f"{what}_{piece:02d}"  # noqa: E731
+    shape = state
+    records: list[dict] = []
+
+    def metas_of(state: policies.TrainState) -> tuple[PyTree, ...]:
+        return (state.meta,) if alone else state.meta
+
+    def validated(state: policies.TrainState) -> dict[str, float]:
+        found = [judge(validation_key, state.params, meta, forms[1], config.validation_problems).mean()
+                 for judge, meta in zip(judges, metas_of(state), strict=True)]  # fmt: skip
+        return {"validation": round_to(np.mean(found)),
+                **{f"validation_{number}": round_to(value) for number, value in enumerate(found)}}  # fmt: skip
+
+    def keep(piece: int) -> None:
+        checkpoint.save(path(piece), (state.params, state.meta))
+        checkpoint.save(path(piece, "state"), state)
+        # The state may be large, with what a trainer remembers; the one before is for a run that is killed here.
+        shutil.rmtree(path(piece - 2, "state"), ignore_errors=True)
+
+    def begin() -> list[dict]:
+        keep(0)
+        return [{"series": "train", "at": 0, "seconds": 0.0, **validated(state)}]
+
+    records += folder.step("piece-00", begin)
+    loaded = 0
+    for piece in tqdm(range(1, config.pieces + 1), desc=f"{config.way}"):
+
+        def compute(piece: int = piece, before: float = records[-1]["seconds"]) -> list[dict]:
+            nonlocal state, loaded
+            if loaded != piece - 1:
+                state = jax.device_put(checkpoint.restore(path(piece - 1, "state"), shape))
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(run(run_key, state, data))
+            seconds = before + time.perf_counter() - start
+            loaded = piece
+            keep(piece)
+            return [{"series": "train", "at": piece * config.piece_steps, "seconds": round(seconds, 1),
+                     **validated(state),
+                     **{name: round_to(values.mean()) for name, values in metrics.items()}}]  # fmt: skip
+
+        if not folder.done(f"piece-{piece:02d}") and records[-1]["seconds"] >= 60 * config.minutes:
+            break
+        records += folder.step(f"piece-{piece:02d}", compute)
+        for name in sorted(set(records[-1]) - {"series", "at"}):
+            folder.board(f"train/{name}", records[-1][name], records[-1]["at"])
+    best = int(np.argmax([record["validation"] for record in records]))
+    params, meta = jax.device_put(checkpoint.restore(path(best), (shape.params, shape.meta)))
+    return Trained(params, (meta,) if alone else meta, best, records)
