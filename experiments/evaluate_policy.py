@@ -35,7 +35,8 @@ from report import write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main, write
 from strategy_report import Cell, Table, win_picture, wins
 
-FREE = frozenset({"out", "resume", "data_dir", "save_results"})
+# What a run was of may grow and shrink: a cell depends on its own strategy alone.
+FREE = frozenset({"out", "resume", "data_dir", "save_results", "policies", "strategies", "importance", "batches"})
 EMBEDDING, CONDITION = "meta", "plain"
 BOUNDS = ("random", "oracle")
 
@@ -130,10 +131,11 @@ def job(config: Config) -> None:
         for strategy, k, budget in plan.programs:
             strategies.make_run(inner, setting.classes, strategy, k, budget)
     folder = RunFolder(config.out, config, resume=config.resume, free=FREE)
-    check_policies(folder, trained)
+    work = plan.work(setting.classes)
+    forget_changed(folder, trained, [cell for one in work for cell in one.cells])
     meta = strategies.main_network(dataclasses.replace(inner, seed=config.meta_seed), setting, folder)
     problems = strategies.make_problems(inner, setting, meta, plan.places)
-    table = Table(strategies.run_cells(inner, plan.work(setting.classes), problems, folder))
+    table = Table(strategies.run_cells(inner, work, problems, folder))
     rows, paired, text = compare(config, table, trained, scrambled)
     (folder.path / "table.txt").write_text(text + "\n")
     for place in (folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])):
@@ -149,17 +151,20 @@ def job(config: Config) -> None:
     print(f"\nrun folder: {folder.path}")
 
 
-def check_policies(folder: RunFolder, trained: list[str]) -> None:
-    """Raises `UsageError` where the folder holds cells of other policies of the same names."""
-    found = {}
+def forget_changed(folder: RunFolder, trained: list[str], cells: list[Cell]) -> None:
+    """Forgets the cells of policies that are not what they were when these ran; those of rules stay."""
+    file = folder.path / "policies.json"
+    held = json.loads(file.read_text()) if file.exists() else {}
     for name in trained:
         saved = policies.load(name.removeprefix(LEARNED))
         leaves = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(saved.params))
-        found[name] = hashlib.sha256(repr(saved.network).encode() + leaves).hexdigest()
-    file = folder.path / "policies.json"
-    if file.exists() and json.loads(file.read_text()) != found:
-        raise UsageError(f"{folder.path} holds cells of another policy of this name; give another --out")
-    write(file, json.dumps(found, indent=1) + "\n")
+        mark = hashlib.sha256(repr((saved.network, saved.rules)).encode() + leaves).hexdigest()
+        if held.get(name, mark) != mark:
+            for cell in cells:
+                if cell.strategy.rpartition("~")[0] == name or cell.strategy == name:
+                    folder.forget(cell.step())
+        held[name] = mark
+    write(file, json.dumps(held, indent=1) + "\n")
 
 
 def short(name: str) -> str:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import meta_active
 import strategies
 from arms import make_embed, make_model, standardised, without_head
-from evaluate_policy import FREE, check_policies, short, trained_names
+from evaluate_policy import FREE, forget_changed, short, trained_names
 from metaal_jax import data, tasks
 from metaal_jax.base import Problem
 from metaal_jax.data.local import SPLITS
@@ -175,7 +175,6 @@ def job(config: Config) -> None:
             for strategy in chosen:
                 strategies.make_run(inner, arrays.classes, strategy, sizes[name].batch, sizes[name].budget)
     folder = RunFolder(config.out, config, resume=config.resume, free=FREE)
-    check_policies(folder, trained)
     meta = strategies.main_network(dataclasses.replace(inner, seed=config.meta_seed), setting, folder)
     problems = make_problems(config, setting, meta, targets)
     # Targets of one shape share a program.
@@ -189,6 +188,7 @@ def job(config: Config) -> None:
         for strategy in sorted(chosen, key=lambda name: name not in STRATEGIES or not STRATEGIES[name].costly)
         for (classes, size, _), places in groups.items()
     ]  # fmt: skip
+    forget_changed(folder, trained, [cell for one in work for cell in one.cells])
     table = Table(strategies.run_cells(inner, work, problems, folder))
     area = {(cell.condition, cell.strategy): table.area(cell, int(table.labels[cell][-1])) for cell in table.labels}
     rows, paired, text = compare(config, area, names, trained, rules)

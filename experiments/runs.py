@@ -164,6 +164,10 @@ class RunFolder:
         """Whether a step is finished."""
         return self._file(name).exists()
 
+    def forget(self, name: str) -> None:
+        """Drops a step, so that it is computed again."""
+        self._file(name).unlink(missing_ok=True)
+
     def _file(self, name: str) -> Path:
         # A name may hold a path, that of a trained policy.
         plain = re.sub(r"[^A-Za-z0-9_.+~-]", "_", name)

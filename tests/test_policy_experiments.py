@@ -1,8 +1,10 @@
 """Training and evaluation of policies as a user meets them: what they leave, a run that goes on, and mistakes."""
 
+import dataclasses
 import importlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -129,12 +131,13 @@ def test_trainings_compared(scripts, meta_run, tmp_path, what):
 
 def test_evaluation_beside_rules(scripts, meta_run, trained, tmp_path):
     script = scripts["evaluate_policy"]
-    place = str(trained / "policy.json")
-    script.job(script.Config(
+    place = str(shutil.copy(trained / "policy.json", tmp_path / "policy.json"))
+    config = script.Config(
         policies=place, strategies="random,margin,oracle", importance=False, batches="1,2", budget=4, pool=40,
         test=30, held_out=10, seeds=3, source="digits", target="digits", meta_run=meta_run, out=str(tmp_path / "run"),
         save_results=str(tmp_path / "saved" / "result.json"),
-    ))  # fmt: skip
+    )  # fmt: skip
+    script.job(config)
     assert (tmp_path / "saved" / "result.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "saved" / "result.json").read_text())
     name = f"learned:{place}"
@@ -147,6 +150,15 @@ def test_evaluation_beside_rules(scripts, meta_run, trained, tmp_path):
     np.testing.assert_allclose(both["margin", 1], areas[name, 1] - areas["margin", 1], atol=3e-5)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 4 * 2 * 3
+
+    # Another policy of this name is run again, and rules are not.
+    saved = policies.load(place)
+    policies.save(place, saved.network, jax.tree.map(lambda leaf: -leaf, saved.params), saved.about)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "steps").iterdir()}
+    script.job(dataclasses.replace(config, strategies="random,margin", batches="2", resume=True))
+    again = {file for file, time in before.items() if file.stat().st_mtime_ns != time}
+    assert len(again) == 1
+    assert "policy.json" in again.pop().name
 
 
 def test_many_targets(scripts, meta_run, tmp_path):
