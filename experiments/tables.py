@@ -5,6 +5,7 @@
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from tabulate import tabulate
@@ -246,6 +247,25 @@ def policy_evaluation(path: Path, most: int | None = None) -> str:
     return "\n\n".join([caption, *parts])
 
 
+def policy_trainings(path: Path) -> str:
+    """Policies by the way they were trained, or with learners that were: areas, and what the best has more."""
+    result = json.loads(path.read_text())
+    who = lambda row: (row["strategy"], row["learner"])  # noqa: E731
+    rows = sorted((row for row in result["rows"] if row["metric"] == "area"), key=lambda row: -row["mean"])
+    paired = {who(p["b"]): p for p in result["paired"] if who(p["a"]) == who(rows[0])}
+    several = len({row["learner"] for row in rows}) > 1
+    lines = []
+    for row in rows:
+        of_runs = ", ".join(f"{100 * mean:.2f}" for mean in row["runs"])
+        names = who(row) if several else who(row)[:1]
+        lines.append([*names, _percent(row), _difference(paired.get(who(row))), of_runs])
+    header = ["policy", *(["learner"] if several else []), "area", "the best less this", "each training"]
+    config = result["config"]
+    caption = (f"`{result['command']}` ({result['device']}, {config['minutes']:g} minutes of training each, "
+               f"{config['report_problems']} held-out problems)")  # fmt: skip
+    return f"{caption}\n\n" + tabulate(lines, header, tablefmt="github", disable_numparse=True)
+
+
 def _percent(row: dict) -> str:
     return f"{100 * row['mean']:.2f} ± {50 * (row['high'] - row['low']):.2f}"
 
@@ -256,11 +276,11 @@ def _difference(pair: dict | None) -> str:
     return f"{100 * pair['difference']:+.2f} [{100 * pair['low']:+.2f}, {100 * pair['high']:+.2f}]"
 
 
-def policy_results(kind: str) -> list[Path]:
-    """The results of `evaluate_policy.py` (`on-TARGET`), `many_targets.py` (`many-...`) or `learn_policy.py`."""
+def policy_results(draw: Callable) -> list[Path]:
+    """The results that are drawn by this function, by the first word of their names."""
+    kinds = {"on": policy_evaluation, "many": policy_targets, "ways": policy_trainings, "joint": policy_trainings}
     paths = sorted((ROOT / "experiments/results/policies").glob("*.json"))
-    kind_of = lambda path: {"on": "evaluation", "many": "targets"}.get(path.stem.partition("-")[0], "training")  # noqa: E731
-    return [path for path in paths if kind_of(path) == kind]
+    return [path for path in paths if kinds.get(path.stem.partition("-")[0], policy_training) is draw]
 
 
 def tables() -> dict[str, str]:
@@ -276,12 +296,8 @@ def tables() -> dict[str, str]:
         found["strategies, adapted"] = fully_adapted()
     if few_shot_results():
         found["few-shot"] = few_shot(few_shot_results())
-    for path in policy_results("training"):
-        found[str(path.relative_to(ROOT))] = policy_training(path)
-    for path in policy_results("evaluation"):
-        found[str(path.relative_to(ROOT))] = policy_evaluation(path, 8)
-    for path in policy_results("targets"):
-        found[str(path.relative_to(ROOT))] = policy_targets(path, 8)
+    for draw, *most in ((policy_training,), (policy_evaluation, 8), (policy_targets, 8), (policy_trainings,)):
+        found |= {str(path.relative_to(ROOT)): draw(path, *most) for path in policy_results(draw)}
     for path in sorted((ROOT / "benchmarks/results").glob("*/loop.json")):
         found[str(path.relative_to(ROOT))] = benchmark(path)
     return found
@@ -309,10 +325,8 @@ def documents() -> dict[Path, str]:
             )
             text.append(f"## Batches of {batch}, up to {labels} labels\n\n"
                         f"{strategy_areas(places, batch, labels, tuple(order))}\n")  # fmt: skip
-        for path in policy_results("evaluation"):
-            text.append(f"## Trained policies, {path.stem}\n\n{policy_evaluation(path)}\n")
-        for path in policy_results("targets"):
-            text.append(f"## Trained policies, {path.stem}\n\n{policy_targets(path)}\n")
+        for draw in (policy_evaluation, policy_targets):
+            text += [f"## Trained policies, {path.stem}\n\n{draw(path)}\n" for path in policy_results(draw)]
         found[ROOT / "experiments/results/README.md"] = "\n".join(text)
     return found
 
