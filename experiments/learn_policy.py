@@ -87,7 +87,7 @@ class Config:
     piece_steps: int = 5
     """Steps of the trainer in a piece, each one of every kind of problems."""
 
-    kinds: str = "10:600:10:100,30:360:10:100,3:150:5:50,10:600:1:30"
+    kinds: str = "10:600:10:100,30:360:10:100,3:150:5:50,10:600:1:100"
     """Comma-separated kinds of problems: classes:rows of the pool:rows asked for in a round:labels of an episode."""
     parts: int = 3
     """Most forms of a class."""
@@ -128,7 +128,7 @@ class Config:
     train: Annotated[str, tyro.conf.arg(help="What the way pathwise trains. " + choices(TRAINED))] = "policy"
     learner_rate: float = 3e-3
     """Learning rate of the learner's meta-parameters (Adam)."""
-    ridge: float = 10.0
+    ridge: float = 20.0
     """Ridge that meta-training begins with."""
     scale: float = 5.0
     """Factor on the ridge regression's outputs that meta-training begins with."""
