@@ -103,13 +103,13 @@ def cells_of(config: Config) -> tuple[strategies.Config, list[str], list[str]]:
         raise UsageError(f"--batches {config.batches!r} must be whole numbers, such as 1,10") from None
     if not set(rules) - set(BOUNDS[1:]) - set(trained):
         raise UsageError(f"--strategies {config.strategies!r} must hold a rule to compare with, such as max_herding")
-    several = [k for k in batches if k > 1]
-    if not several:
-        raise UsageError(f"--batches {config.batches!r} must hold a number from 2 on")
+    several = [k for k in batches if k != 1]
+    # Features are scrambled in the larger batches, which cost less.
+    single = dict.fromkeys([*trained, *(scrambled if not several else ()), *rules])
     chosen = ",".join(dict.fromkeys([*trained, *scrambled, *rules]))
     cells = strategies.Config(
-        strategies=chosen, conditions=CONDITION, embeddings=EMBEDDING, batches=",".join(map(str, several)),
-        one_by_one=",".join(dict.fromkeys([*trained, *rules])) if 1 in batches else "none",
+        strategies=chosen, conditions=CONDITION, embeddings=EMBEDDING, batches=",".join(map(str, several)) or "none",
+        one_by_one=",".join(single) if 1 in batches else "none",
         budget=config.budget, costly_budget=config.budget, pool=config.pool, test=config.test,
         held_out=config.held_out, seeds=config.seeds, source=config.source, target=config.target,
         meta_run=config.meta_run, seed=config.seed, best=0, data_dir=config.data_dir,

@@ -63,7 +63,7 @@ class Config:
     embeddings: str = "meta,untrained"
     """Comma-separated, of: meta, untrained."""
     batches: str = "10,50"
-    """Batch sizes for all strategies."""
+    """Batch sizes for all strategies, or none."""
     one_by_one: str = "random,entropy,margin,typical,badge"
     """Those of the strategies that are also run with batches of one, or none."""
     budget: int = 300
@@ -153,12 +153,14 @@ def make_plan(config: Config) -> Plan:
         if getattr(config, name) < 2:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 2")
     try:
-        batches = [int(part) for part in config.batches.split(",")]
+        batches = [] if config.batches == "none" else [int(part) for part in config.batches.split(",")]
     except ValueError:
         raise UsageError(f"--batches {config.batches!r} must be whole numbers, such as 10,50") from None
-    if not batches or min(batches) < 2 or len(set(batches)) < len(batches):
+    if not batches and not single:
+        raise UsageError("neither --batches nor --one-by-one holds anything; give one of them")
+    if min(batches, default=2) < 2 or len(set(batches)) < len(batches):
         raise UsageError(f"--batches {config.batches!r} must be different numbers from 2 on; --one-by-one is for 1")
-    if max(batches) > min(config.costly_budget, config.budget):
+    if max(batches, default=1) > min(config.costly_budget, config.budget):
         raise UsageError(f"batches of {max(batches)} are more than --costly-budget or --budget; raise them")
     if len(set(chosen)) < len(chosen):
         raise UsageError(f"--strategies {config.strategies!r} names one strategy twice, by different spellings")

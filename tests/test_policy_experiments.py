@@ -206,7 +206,7 @@ MISTAKES = {
     "no rows of its own": ("many_targets", {"strategies": "random,oracle"}, "the oracle needs rows of its own"),
     "two targets": ("many_targets", {"targets": "iris,iris"}, "is empty or names one twice"),
     "one rule": ("many_targets", {"targets": "iris", "strategies": "margin"}, "must hold random and a rule"),
-    "batches": ("evaluate_policy", {"policies": "cifar10", "batches": "1"}, "must hold a number from 2 on"),
+    "batches": ("evaluate_policy", {"policies": "cifar10", "batches": "1,0"}, "must be different numbers from 2 on"),
 }  # fmt: skip
 
 
