@@ -33,6 +33,7 @@ import meta_active
 from forms import embedded_forms, kinds_of, main_job, strengths_of
 from metaal_jax import policies
 from metaal_jax.metrics import interval
+from metaal_jax.policies import features
 from paired import numbers, shown
 from policy_training import (
     BASELINE,
@@ -80,6 +81,8 @@ class Config:
     """Comma-separated rules that a selector chooses among; max_herding, which it begins with, among them."""
     start: float = 1.0
     """Factor of the feature uncertain_cover with which scores begin; of a selector, the head start of max_herding."""
+    situation: str = "labels,margin,seen"
+    """Comma-separated features of the situation that a linear policy's factors move with."""
     minutes: float = 20.0
     """Time to train; it is checked after each piece."""
     pieces: int = 40
@@ -170,6 +173,7 @@ def check(config: Config) -> None:
     if config.way in ("evolution", "reinforce") and (config.episodes < 2 or config.episodes % 2):
         raise UsageError(f"--episodes {config.episodes} must be an even number from 2 on")
     strengths_of(config)
+    names(config.situation, features.SITUATION, "situation")
     largest = max(kind.batch for kind in kinds_of(config.kinds))
     if config.candidates < largest:
         raise UsageError(f"--candidates {config.candidates} are fewer than a batch of {largest}")

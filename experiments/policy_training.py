@@ -27,7 +27,7 @@ from strategies import linear_learners
 
 BASELINE = "max_herding"
 POLICIES = {
-    "linear": "scores rows, linear in the features, with factors that move with the situation",
+    "linear": "scores rows, linear in the features, with factors that move with some of the situation's",
     "row": "scores every row by a small network",
     "set": "scores every row in view of the others",
     "selector": "chooses among rules in every round, linear as well",
@@ -121,7 +121,7 @@ def make_network(config: Any) -> Any:
     prior = policies.prior(uncertain_cover=config.start)
     if config.policy in ("row", "set"):
         return {"row": models.RowNetwork, "set": models.SetNetwork}[config.policy](prior=prior)
-    moving = tuple(features.SITUATION.index(name) for name in ("labels", "margin"))
+    moving = tuple(features.SITUATION.index(name) for name in config.situation.split(","))
     # A single model has no disagreement: its factors would be noise.
     place = features.ROWS.index("disagreement")
     ignored = (place, place + len(features.ROWS))
