@@ -33,7 +33,6 @@ import meta_active
 from forms import embedded_forms, kinds_of, main_job, strengths_of
 from metaal_jax import policies
 from metaal_jax.metrics import interval
-from metaal_jax.policies import features
 from paired import numbers, shown
 from policy_training import (
     BASELINE,
@@ -47,6 +46,7 @@ from policy_training import (
     make_chooser,
     make_network,
     make_trainers,
+    moving_of,
     need_of,
     rules_of,
     train,
@@ -173,15 +173,15 @@ def check(config: Config) -> None:
     if config.way in ("evolution", "reinforce") and (config.episodes < 2 or config.episodes % 2):
         raise UsageError(f"--episodes {config.episodes} must be an even number from 2 on")
     strengths_of(config)
-    names(config.situation, features.SITUATION, "situation")
+    moving_of(config)
     largest = max(kind.batch for kind in kinds_of(config.kinds))
     if config.candidates < largest:
         raise UsageError(f"--candidates {config.candidates} are fewer than a batch of {largest}")
     for option in ("rules", "arms"):
         rules_of(config, option)
     if config.policy == "selector" and config.way not in ("evolution", "reinforce", "ppo"):
-        raise UsageError(f"--way {config.way} measures single rows, which a selector does not score; give evolution, "
-                         "reinforce or ppo")  # fmt: skip
+        raise UsageError(f"--way {config.way} needs scores of single rows, which a selector does not give; choose "
+                         "evolution, reinforce or ppo")  # fmt: skip
     if config.train != "policy" and (config.way != "pathwise" or len(kinds_of(config.kinds)) > 1):
         raise UsageError(f"--train {config.train} needs gradients that reach the learner, and problems of one kind: "
                          "give --way pathwise and one of --kinds")  # fmt: skip

@@ -22,7 +22,7 @@ from metaal_jax.base import Learner, Policy, PyTree
 from metaal_jax.policies import features
 from metaal_jax.policies.episodes import episode
 from registry import ALIASES, STRATEGIES, Need, find, make_policy, strategy_names
-from runs import RunFolder, UsageError, round_to
+from runs import RunFolder, UsageError, names, round_to
 from strategies import linear_learners
 
 BASELINE = "max_herding"
@@ -116,12 +116,17 @@ def rules_of(config: Any, option: str) -> tuple[str, ...]:
     return rules
 
 
+def moving_of(config: Any) -> tuple[str, ...]:
+    """The features of the situation that a linear policy's factors move with."""
+    return names(config.situation, features.SITUATION, "situation")
+
+
 def make_network(config: Any) -> Any:
     """The network that scores rows, or a selector's rules, before training."""
     prior = policies.prior(uncertain_cover=config.start)
     if config.policy in ("row", "set"):
         return {"row": models.RowNetwork, "set": models.SetNetwork}[config.policy](prior=prior)
-    moving = tuple(features.SITUATION.index(name) for name in config.situation.split(","))
+    moving = tuple(features.SITUATION.index(name) for name in moving_of(config))
     # A single model has no disagreement: its factors would be noise.
     place = features.ROWS.index("disagreement")
     ignored = (place, place + len(features.ROWS))

@@ -193,7 +193,7 @@ MISTAKES = {
     "pool": ("learn_policy", {"kinds": "2:3:2:4"}, "the 4 labels of '2:3:2:4' must be .* no more than the pool's rows"),
     "situation": ("learn_policy", {"situation": "labels,margins"}, "unknown situation 'margins'; did you mean margin?"),
     "arms": ("learn_policy", {"policy": "selector", "arms": "max_herding,bald"}, "none that asks more than one plain"),
-    "measured": ("learn_policy", {"policy": "selector", "way": "imitation"}, "which a selector does not score"),
+    "measured": ("learn_policy", {"policy": "selector", "way": "imitation"}, "which a selector does not give"),
     "joint": ("learn_policy", {"train": "both"}, "give --way pathwise and one of --kinds"),
     "one kind": ("learn_policy", {"train": "both", "way": "pathwise"}, "problems of one kind"),
     "linear": ("learn_policy", {"train": "learner", "way": "pathwise", "kinds": "2:40:2:4"}, "give --learner ridge"),
