@@ -83,7 +83,9 @@ def learned(
     Returns:
       A `Policy` that can be trained: `observe` gives an `Observation`, `score` the network's answer. With `sample` it
       has `evaluate`; a batch that cannot be drawn has log-probability -inf there. Its decision's scores are those
-      before the first pick, -inf for rows not looked at; `log_prob` is 0 without `sample`.
+      before the first pick, -inf for rows not looked at; `log_prob` is 0 without `sample`. Its state holds kernels,
+      `[n, anchors]`, which a loop on the device hands on as they are; a step that is compiled alone copies them in each
+      round, unless the state is donated (`jax.jit(step, donate_argnums=...)`).
 
     Raises:
       ValueError: for numbers below 1, or a shortlist or candidates fewer than `k`.
