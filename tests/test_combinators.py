@@ -235,6 +235,32 @@ def test_rules_change_over_at_their_number_of_labels(key, count):
     assert decide(policy, key, view).index.tolist() == [wanted]
 
 
+def test_a_plan_is_asked_for_row_by_row(key):
+    """In its order, whatever the scores say by then; rows that were answered elsewhere drop out; then a new plan."""
+    scores = np.roll(np.arange(20.0), 7)
+    batch = acquisition.top_k(fixed(scores), k=4)
+    policy = acquisition.planned(batch, rows=4)
+    check_policy(policy, key, make_view(0, labelled=(1, 2), queried=(5,), padding=3), k=1)
+    check_policy(acquisition.planned(batch, rows=4, k=2), key, make_view(0, queried=(5,)), k=2)
+    wanted = decide(batch, key, make_view(0)).index.tolist()
+    act = jax.jit(policy.act)
+    state, queried, asked = policy.begin((), key, make_view(0)), [], []
+    for turn in range(5):
+        decision, state = act((), state, jax.random.fold_in(key, turn), make_view(turn, queried=tuple(queried)))
+        assert decision.valid.all()
+        assert decision.scores.argmax() == decision.index[0]
+        asked.append(int(decision.index[0]))
+        queried.append(asked[-1])
+        if turn == 1:
+            queried.append(wanted[2])
+    assert asked[:3] == [wanted[0], wanted[1], wanted[3]]
+    assert asked[3:] == [row for row in np.argsort(-scores) if row not in wanted][:2]
+    nothing = act((), state, key, make_view(0, queried=tuple(range(20))))[0]
+    assert not nothing.valid.any()
+    with pytest.raises(ValueError, match="asks for 4 rows, the plan is of 6"):
+        decide(acquisition.planned(batch, rows=6), key, make_view(0))
+
+
 CLASSES = 3
 NEAREST = Learner(
     init=lambda key, x: jax.random.normal(key, (CLASSES, x.shape[-1])),
@@ -322,6 +348,7 @@ def test_arguments_are_checked():
         "probability": lambda: acquisition.epsilon_mixture(rule, rule, epsilon=1.2),
         "no scorers": lambda: acquisition.sum_of_ranks([]),
         "as many weights": lambda: acquisition.product_of_ranks([margin], weights=[1.0, 2.0]),
+        "multiple of k=3": lambda: acquisition.planned(rule, rows=10, k=3),
         "need 1 points": lambda: acquisition.switch_at([rule, rule], labels=[1, 2]),
         "ascend": lambda: acquisition.switch_at([rule, rule, rule], labels=[5, 5]),
     }.items():

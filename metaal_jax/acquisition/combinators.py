@@ -1,11 +1,12 @@
 """Scorers made of scorers, and policies made of other policies."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from metaal_jax.acquisition.lifts import Scorer, check_count, descending_rank, one_of, select_top
 from metaal_jax.base import Decision, Learner, Policy, PoolView, PyTree, require, take
@@ -233,3 +234,66 @@ def switch_at(policies: Sequence[Policy], *, labels: Sequence[int] | Array) -> P
         return chosen.act(numbered(view), policy_state, key, view)
 
     return Policy(init=lambda key: (), begin=begin, act=act)
+
+
+class Plan(NamedTuple):
+    """Rows that are to be asked for, in this order.
+
+    Attributes:
+      inner: state of the policy that plans.
+      index: int32 `[rows]`.
+      valid: bool `[rows]`.
+    """
+
+    inner: PyTree
+    index: Array  # type: ignore[assignment]
+    valid: Array
+
+
+def planned(policy: Policy, *, rows: int, k: int = 1) -> Policy:
+    """Asks for the batches of another policy `k` rows at a time; it chooses again when all of them were asked for.
+
+    A model of a few labels changes its mind with every one of them, and what it says in between misleads rules that
+    listen to it; a batch chosen as a whole covers the pool evenly. Most rounds then cost nothing.
+
+    Args:
+      policy: asks for `rows` rows a round.
+      rows: of a plan, a multiple of `k`.
+      k: rows a round.
+
+    Returns:
+      A `Policy` with the parameters of `policy`. Its decision's scores order the plan, -inf for rows outside of it.
+
+    Raises:
+      ValueError: for `rows` that are no multiple of `k`; in `act` for a policy of another batch size.
+
+    >>> from metaal_jax import acquisition
+    >>> policy = acquisition.planned(acquisition.max_herding(k=10), rows=10)  # asks for single rows
+    """
+    require(k >= 1 and rows >= k and rows % k == 0, f"planned: a plan of {rows} rows must be a multiple of k={k}")
+
+    def begin(policy_params: PyTree, key: Array, view: PoolView) -> Plan:
+        return Plan(policy.begin(policy_params, key, view), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
+
+    def act(policy_params: PyTree, policy_state: Plan, key: Array, view: PoolView) -> tuple[Decision, Plan]:
+        def left(plan: Plan) -> Array:
+            return plan.valid & view.available[plan.index]
+
+        def again(plan: Plan) -> Plan:
+            decision, inner = policy.act(policy_params, plan.inner, key, view)
+            if decision.index.shape[0] != rows:
+                raise ValueError(f"planned: the policy asks for {decision.index.shape[0]} rows, the plan is of {rows}")
+            return Plan(inner, decision.index, decision.valid)
+
+        plan = lax.cond(left(policy_state).any(), lambda plan: plan, again, policy_state)
+        place = jnp.argsort(~left(plan), stable=True)[:k]
+        order = jnp.where(left(plan), -jnp.arange(rows, dtype=jnp.float32), -jnp.inf)
+        decision = Decision(
+            index=plan.index[place],
+            valid=left(plan)[place],
+            log_prob=jnp.zeros(()),
+            scores=jnp.full(view.row.shape, -jnp.inf).at[plan.index].max(order),
+        )
+        return decision, plan
+
+    return Policy(init=policy.init, begin=begin, act=act)
