@@ -158,7 +158,7 @@ def forget_changed(folder: RunFolder, trained: list[str], cells: list[Cell]) -> 
     for name in trained:
         saved = policies.load(name.removeprefix(LEARNED))
         leaves = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(saved.params))
-        mark = hashlib.sha256(repr((saved.network, saved.rules)).encode() + leaves).hexdigest()
+        mark = hashlib.sha256(repr((saved.network, saved.rules, saved.plan)).encode() + leaves).hexdigest()
         if held.get(name, mark) != mark:
             for cell in cells:
                 if cell.strategy.rpartition("~")[0] == name or cell.strategy == name:

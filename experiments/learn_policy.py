@@ -57,7 +57,7 @@ from runs import RunFolder, UsageError, arguments, command, environment, main, n
 from strategies import main_config
 
 # A run may go on for longer: what is there stays as it is.
-FREE = frozenset({"out", "resume", "data_dir", "save_results", "save_policy", "minutes", "pieces"})
+FREE = frozenset({"out", "resume", "data_dir", "save_results", "save_policy", "minutes", "pieces", "plan"})
 
 
 def choices(lines: dict[str, str]) -> str:
@@ -83,6 +83,9 @@ class Config:
     """Factor of the feature uncertain_cover with which scores begin; of a selector, the head start of max_herding."""
     situation: str = "labels,margin,seen"
     """Comma-separated features of the situation that a linear policy's factors move with."""
+    plan: int = 10
+    """Rows that the policy chooses at a time where it is asked for fewer, one a class at most. It is for the report and
+    for later use; in training and validation single rows are chosen one by one, which costs less."""
     minutes: float = 20.0
     """Time to train; it is checked after each piece."""
     pieces: int = 40
@@ -214,7 +217,7 @@ def job(config: Config) -> None:
              "held_out": [row for row in paired if row["b"]["strategy"] == BASELINE]}  # fmt: skip
     rules = rules_of(config, "arms") if config.policy == "selector" else ()
     for place in (folder.path / "policy.json", *([Path(config.save_policy)] if config.save_policy else [])):
-        policies.save(place, network, params, about, rules=rules)
+        policies.save(place, network, params, about, rules=rules, plan=1 if rules else config.plan)
     for place in (folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])):
         write_results(place, command=command(), environment=environment(), seconds=folder.seconds(),
                       config=dataclasses.asdict(config), rows=rows, paired=paired)  # fmt: skip
@@ -238,10 +241,11 @@ def report(
     The start has the learner's as well; rules have the learner as it is after training.
     """
     kind = kinds_of(config.kinds)[place]
+    plan = {} if config.policy == "selector" else {"plan": config.plan}
 
     def compute() -> list[dict]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 7), place)
-        policy, meta = make_chooser(config, kind, network), trained.metas[place]
+        policy, meta = make_chooser(config, kind, network, **plan), trained.metas[place]
         compared = {"policy": (policy, trained.params, meta),
                     "start": (policy, policy.init(key), first_metas(config, forms[0])[place])}  # fmt: skip
         compared |= {name: (make_policy(name, need_of(config, kind)), (), meta) for name in rules_of(config, "rules")}
@@ -252,7 +256,8 @@ def report(
                       for i, row in enumerate(np.asarray(accuracy))]  # fmt: skip
         return found
 
-    records = folder.step(f"report-{trained.best:02d}-{place}", compute)
+    used = f"-plan-{config.plan}" if plan and min(config.plan, kind.ways) > kind.batch else ""
+    records = folder.step(f"report-{trained.best:02d}-{place}{used}", compute)
     return {name: np.asarray([r["accuracy"] for r in records if r["series"] == name])
             for name in dict.fromkeys(r["series"] for r in records)}  # fmt: skip
 

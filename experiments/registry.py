@@ -242,7 +242,7 @@ def find(name: str) -> Strategy:
     if saved.rules:
         make = lambda need: policies.selector([find(r).make(need) for r in saved.rules], network, k=need.k)  # noqa: E731
     else:
-        make = lambda need: policies.learned(network, k=need.k)  # noqa: E731
+        make = lambda need: policies.learned(network, k=need.k, plan=saved.plan)  # noqa: E731
     return Strategy(line, make, params=lambda problem: saved.params)
 
 

@@ -176,6 +176,22 @@ class TestLearned:
         check_policy(policy, key, make_view(0, 30, labelled=(1, 2), queried=(5,), padding=4), k=k)
         check_policy(policy, key, make_view(0, 8, labelled=(1, 2), queried=(3, 4, 5), padding=1), k=k)
 
+    def test_a_plan_is_a_batch_of_one_row_a_class(self, name, key):
+        view = make_view(0, 30, labelled=(1, 2), queried=(5,), classes=4)
+        policy, batch = (policies.learned(NETWORKS[name], k=k, plan=10) for k in (1, 4))
+        check_policy(policy, key, view, k=1)
+        params = bent(batch.init(key), key)
+        wanted, _ = batch.act(params, batch.begin(params, key, view), key, view)
+        state, asked = policy.begin(params, key, view), []
+        for turn in range(5):
+            seen = view._replace(queried=view.queried.at[jnp.asarray(asked, int)].set(True))
+            decision, state = policy.act(params, state, key if turn == 0 else jax.random.fold_in(key, turn), seen)
+            asked.append(int(decision.index[0]))
+        assert asked[:4] == wanted.index.tolist()
+        assert len(set(asked)) == 5
+        assert batch.observe is None  # how many classes there are is not known before it acts
+        assert policies.learned(NETWORKS[name], k=10, plan=10).observe is not None
+
     def test_log_probabilities_by_enumeration(self, name, key):
         """All ordered batches of a tiny pool: `evaluate` sums to 1, agrees with `act`, and with how often it draws."""
         policy = policies.learned(NETWORKS[name], k=2, sample=True)
@@ -235,6 +251,8 @@ def test_bad_arguments_are_refused():
         policies.prior(margins=1.0)
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         policies.learned(network, k=0)
+    with pytest.raises(ValueError, match="a plan is not drawn"):
+        policies.learned(network, k=1, plan=10, sample=True)
     with pytest.raises(ValueError, match="3 candidates are too few for batches of 5"):
         policies.learned(network, k=5, candidates=3)
     with pytest.raises(ValueError, match="no rules given"):

@@ -22,11 +22,13 @@ NETWORKS = [
 def test_saved_and_loaded_to_the_bit(network, key, tmp_path):
     params = policies.learned(network, k=1).init(key)
     params = jax.tree.map(lambda leaf: leaf + jax.random.normal(key, leaf.shape) / 3, params)
-    policies.save(tmp_path / "deep" / "policy.json", network, params, {"way": "by hand"}, rules=("margin", "random"))
+    policies.save(tmp_path / "deep" / "policy.json", network, params, {"way": "by hand"}, rules=("margin", "random"),
+                  plan=4)  # fmt: skip
     saved = policies.load(tmp_path / "deep" / "policy.json")
     assert saved.network == network
     assert saved.about == {"way": "by hand"}
     assert saved.rules == ("margin", "random")
+    assert saved.plan == 4
     assert jax.tree.structure(saved.params) == jax.tree.structure(params)
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(saved.params), jax.tree.leaves(params), strict=True))
 

@@ -1,5 +1,6 @@
 """Learned policies: a network scores the rows, and a batch is drawn one row after the other without replacement."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from metaal_jax.acquisition.combinators import planned
 from metaal_jax.acquisition.lifts import check_count, select_top
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
 from metaal_jax.policies import features
@@ -54,6 +56,7 @@ def learned(
     network: nn.Module,
     *,
     k: int,
+    plan: int = 1,
     sample: bool = False,
     candidates: int | None = None,
     anchors: int = 1000,
@@ -73,6 +76,9 @@ def learned(
       network: `(inputs [m, 2 len(ROWS)], situation [len(SITUATION)], mask [m]) -> (scores [m], value [])`, such as
         `models.RowNetwork` or `models.SetNetwork`.
       k: rows a round.
+      plan: rows chosen at a time, though no more than there are classes, and asked for `k` by `k`, see
+        `acquisition.planned`: single rows, chosen in view of a model that has seen a handful of labels, cover less. A
+        policy with a plan has no `observe`, `evaluate` or `score`.
       sample: draw the batch, for training by reinforcement; else take the best rows, ties broken by the key.
       candidates: look at that many random rows a round only; None for all. Means of features are the whole pool's.
       anchors: rows that stand for the pool, see `features.pool_geometry`.
@@ -88,15 +94,18 @@ def learned(
       round, unless the state is donated (`jax.jit(step, donate_argnums=...)`).
 
     Raises:
-      ValueError: for numbers below 1, or a shortlist or candidates fewer than `k`.
+      ValueError: for numbers below 1, a shortlist or candidates fewer than `k`, or a plan that is drawn.
 
     Reference: Konyushkova, Sznitman, Fua: Learning Active Learning from Data, 2017 (features that transfer); Kool, van
     Hoof, Welling: Stochastic Beams and Where to Find Them, 2019 (sampling without replacement).
     """
-    for name, value in (("k", k), ("anchors", anchors), ("shortlist", shortlist)):
+    for name, value in (("k", k), ("plan", plan), ("anchors", anchors), ("shortlist", shortlist)):
         require(value >= 1, f"learned: {name} must be at least 1, got {value}")
     require(shortlist >= k, f"learned: a shortlist of {shortlist} rows is too short for batches of {k}")
     require(candidates is None or candidates >= k, f"learned: {candidates} candidates are too few for batches of {k}")
+    if plan > k:
+        require(not sample, "learned: a plan is not drawn, since it has no probability; leave out plan or sample")
+        return _in_plans(network, k, plan, candidates=candidates, anchors=anchors, shortlist=shortlist)
 
     score = _scores_of(network)
 
@@ -158,6 +167,23 @@ def learned(
         return jnp.where(drawable, log_prob, -jnp.inf), entropy, score(policy_params, observation)[1]
 
     return Policy(init=init, begin=begin, act=act, observe=observe, evaluate=evaluate if sample else None, score=score)
+
+
+def _in_plans(network: nn.Module, k: int, plan: int, **options: Any) -> Policy:
+    """`learned` with plans, whose length is known with the number of classes."""
+
+    def policy_of(view: PoolView) -> Policy:
+        rows = k * math.ceil(min(plan, view.prediction.logits.shape[-1]) / k)
+        whole = learned(network, k=rows, **options)
+        return planned(whole, rows=rows, k=k) if rows > k else whole
+
+    def begin(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
+        return policy_of(view).begin(policy_params, key, view)
+
+    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+        return policy_of(view).act(policy_params, policy_state, key, view)
+
+    return Policy(init=learned(network, k=k, **options).init, begin=begin, act=act)
 
 
 def fixed(policy: Policy, policy_params: PyTree) -> Policy:

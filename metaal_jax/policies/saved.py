@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metaal_jax.base import PyTree
+from metaal_jax.base import PyTree, require
 from metaal_jax.models.policy import LinearNetwork, RowNetwork, SetNetwork
 from metaal_jax.policies import features
 
@@ -23,7 +23,7 @@ _OWN = ("parent", "name")
 
 
 class Saved(NamedTuple):
-    """A trained policy: `policies.learned(saved.network, k=...)` runs with `saved.params` for any `k`.
+    """A trained policy: `policies.learned(saved.network, k=..., plan=saved.plan)` runs with `saved.params` for any `k`.
 
     Where `rules` are named, it is a selector: `policies.selector(rules, saved.network, k=...)` with these rules.
 
@@ -32,12 +32,14 @@ class Saved(NamedTuple):
       params: its parameters.
       about: how it came to be: command, training set, what it reached there.
       rules: names of the rules that a selector chooses among, in its order; `()` for a policy that scores rows.
+      plan: what to give `learned` as such.
     """
 
     network: nn.Module
     params: PyTree
     about: dict[str, Any]
     rules: tuple[str, ...] = ()
+    plan: int = 1
 
 
 def shipped() -> tuple[str, ...]:
@@ -53,6 +55,7 @@ def save(
     about: dict[str, Any],
     *,
     rules: Sequence[str] = (),
+    plan: int = 1,
 ) -> None:
     """Writes a trained policy to one JSON file.
 
@@ -62,10 +65,12 @@ def save(
       params: its parameters.
       about: what is worth knowing of it, anything that JSON can hold.
       rules: names of a selector's rules.
+      plan: what the policy is best given as such, see `learned`.
 
     Raises:
-      ValueError: for a network of another kind.
+      ValueError: for a network of another kind, or a plan below 1.
     """
+    require(plan >= 1, f"save: plan must be at least 1, got {plan}")
     kind = type(network).__name__
     if kind not in NETWORKS:
         raise ValueError(f"a policy is saved with one of {', '.join(NETWORKS)}; got {kind}")
@@ -79,7 +84,7 @@ def save(
         for place, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     held = {"about": about, "network": {"kind": kind, **options}, "rows": features.ROWS,
-            "situation": features.SITUATION, "rules": list(rules), "params": leaves}  # fmt: skip
+            "situation": features.SITUATION, "rules": list(rules), "plan": plan, "params": leaves}  # fmt: skip
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(held) + "\n")
 
@@ -89,7 +94,7 @@ def load(name: str | os.PathLike[str]) -> Saved:
 
     >>> from metaal_jax import policies
     >>> saved = policies.load("cifar10")
-    >>> policy = policies.learned(saved.network, k=10)  # its parameters: saved.params
+    >>> policy = policies.learned(saved.network, k=1, plan=saved.plan)  # its parameters: saved.params
 
     Raises:
       ValueError: for an unknown name, a file that holds no policy, or one trained on other features than those of this
@@ -110,7 +115,7 @@ def load(name: str | os.PathLike[str]) -> Saved:
         arrays = {
             place: np.asarray(leaf["values"], np.float32).reshape(leaf["shape"]) for place, leaf in leaves.items()
         }
-        about, rules = dict(held["about"]), tuple(held.get("rules", ()))
+        about, rules, plan = dict(held["about"]), tuple(held.get("rules", ())), int(held.get("plan", 1))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{name} holds no policy ({error}); give a file that policies.save wrote") from error
     if seen != (features.ROWS, features.SITUATION):
@@ -122,4 +127,4 @@ def load(name: str | os.PathLike[str]) -> Saved:
         for part in above:
             inner = inner.setdefault(part, {})
         inner[last] = jnp.asarray(array)
-    return Saved(network, params, about, rules)
+    return Saved(network, params, about, rules, plan)
