@@ -81,7 +81,7 @@ class Config:
     """Comma-separated rules that a selector chooses among; max_herding, which it begins with, among them."""
     start: float = 1.0
     """Factor of the feature uncertain_cover with which scores begin; of a selector, the head start of max_herding."""
-    situation: str = "labels,margin,seen"
+    situation: str = "labels,margin"
     """Comma-separated features of the situation that a linear policy's factors move with."""
     plan: int = 10
     """Rows that the policy chooses at a time where it is asked for fewer, one a class at most. It is for the report and
