@@ -1,15 +1,16 @@
 """Trained policies on a new task, beside every rule, a bandit over rules and the greedy oracle.
 
-Claim: a policy trained on problems made from CIFAR-10 alone has, in batches of ten, a larger area under the learning
-curve on MNIST than every rule of the list, which was fixed before (the oracle, which sees labels, is no rule but a
-bound).
+Claim: a policy trained on problems made from CIFAR-10 alone has, with single rows and in batches of ten, a larger area
+under the learning curve on MNIST than every rule of the list, which was fixed before (the oracle, which sees labels, is
+no rule but a bound).
 
-    python experiments/evaluate_policy.py --meta-run runs/cifar10-mnist
+    python experiments/evaluate_policy.py --meta-run runs/cifar10-mnist --batches 1,10
     python experiments/evaluate_policy.py --policies runs/policies/cifar10-evolution/policy.json --strategies margin
 
 Cells, problems and learner are those of `strategies.py`: a linear layer on the main job's meta-learned embedding, all
 strategies on the same problems from a cold start; the oracle chooses by rows of its own. What the policy looks at is
-measured by runs in which it sees one feature in a random order.
+measured by runs in which it sees one feature in a random order. A run can grow: with `--resume` other policies, rules
+and batches are added to it, and a policy that changed is run again.
 
 Expected: see experiments/results/policies/ and the README.
 """
