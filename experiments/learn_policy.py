@@ -238,16 +238,19 @@ def report(
 ) -> dict[str, np.ndarray]:
     """Accuracies `[problems, rounds]` by name on held-out problems of a kind: the policy, its start, and rules.
 
-    The start has the learner's as well; rules have the learner as it is after training.
+    The start has the learner's as well; rules have the learner as it is after training. Where the policy plans, it is
+    also there without plans, as `one_by_one`.
     """
     kind = kinds_of(config.kinds)[place]
-    plan = {} if config.policy == "selector" else {"plan": config.plan}
+    planned = config.policy != "selector" and min(config.plan, kind.ways) > kind.batch
 
     def compute() -> list[dict]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 7), place)
-        policy, meta = make_chooser(config, kind, network, **plan), trained.metas[place]
+        plain, meta = make_chooser(config, kind, network), trained.metas[place]
+        policy = make_chooser(config, kind, network, plan=config.plan) if planned else plain
         compared = {"policy": (policy, trained.params, meta),
                     "start": (policy, policy.init(key), first_metas(config, forms[0])[place])}  # fmt: skip
+        compared |= {"one_by_one": (plain, trained.params, meta)} if planned else {}
         compared |= {name: (make_policy(name, need_of(config, kind)), (), meta) for name in rules_of(config, "rules")}
         found = []
         for name, (chooser, *own) in tqdm(compared.items(), desc=f"report, {kind}"):
@@ -256,7 +259,7 @@ def report(
                       for i, row in enumerate(np.asarray(accuracy))]  # fmt: skip
         return found
 
-    used = f"-plan-{config.plan}" if plan and min(config.plan, kind.ways) > kind.batch else ""
+    used = f"-plan-{config.plan}" if planned else ""
     records = folder.step(f"report-{trained.best:02d}-{place}{used}", compute)
     return {name: np.asarray([r["accuracy"] for r in records if r["series"] == name])
             for name in dict.fromkeys(r["series"] for r in records)}  # fmt: skip

@@ -179,7 +179,7 @@ def policy_training(path: Path) -> str:
     trained = next(row for row in reversed(result["rows"]) if row["metric"] == "validation_area")
     lines = [["area of the policy", *[_percent(rows[kind, "policy"]) for kind in kinds]]]
     for rule in dict.fromkeys(name for _, name in paired):
-        lines.append([f"less {rule}", *[_difference(paired[kind, rule]) for kind in kinds]])
+        lines.append([f"less {rule}", *[_difference(paired.get((kind, rule))) for kind in kinds]])
     header = ["on the source", *["{} classes, {} rows, {} labels by {}".format(*kind) for kind in kinds]]
     table = tabulate(lines, header, tablefmt="github", disable_numparse=True)
     caption = (f"`{result['command']}` ({result['device']}, {trained['seconds'] / 60:.0f} minutes of training, "

@@ -75,6 +75,9 @@ def test_what_training_leaves_and_how_it_goes_on(scripts, meta_run, trained, tmp
         np.testing.assert_allclose(paired["difference"], areas["policy", pool] - areas["max_herding", pool], atol=2e-5)
     validation = [r["validation"] for r in records if r["series"] == "train"]
     assert len(validation) == 3
+    # Two classes asked for row by row, two at a time: planned, and beside it one by one.
+    assert {r["kind"][1] for r in records if r["series"] == "one_by_one"} == {30}
+    assert saved.plan == 10
 
     # A longer run goes on from a shorter one (in this test, so that one worker alone trains).
     script = scripts["learn_policy"]
