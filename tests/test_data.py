@@ -260,7 +260,7 @@ def test_bad_files(tmp_path):
         ("mnist/fog", "train", {}, ["'mnist/fog'", "no config 'fog'", "'mnist' alone"]),
         ("mnist_corrupted/fogg", "train", {}, ["'fogg'", "allowed: fog", "'mnist_corrupted' alone"]),
         ("mnist:1.2.3", "train", {}, ["1.2.3", "only: 3.", "'mnist' alone"]),
-        ("imdb_reviews", "train", {}, ["not image classification", "text, label", "mnist"]),
+        ("imdb_reviews", "train", {}, ["not image classification", "label, text", "mnist"]),
         ("celeb_a", "train", {}, ["not image classification", "landmarks", "mnist"]),
         ("digits", "validation", {}, ["'digits'", "'validation'", "'train' and 'test'"]),
         ("digits", None, {}, ["split=None", "'train'"]),

@@ -129,7 +129,8 @@ def test_trainings_compared(scripts, meta_run, tmp_path, what):
     assert len(result["paired"]) == len(names) * (len(names) - 1)
     for pair in result["paired"]:
         np.testing.assert_allclose(pair["difference"], mean[who(pair["a"])] - mean[who(pair["b"])], atol=4e-5)
-    assert all(row["mean"] > 0 for row in result["rows"] if row["metric"] == "seconds_of_training")
+    times = {(row["strategy"], row["run"]) for row in result["rows"] if row["metric"] == "seconds_of_training"}
+    assert times == {(arm, run) for arm in arms.split(",") for run in (0, 1)}
 
 
 def test_evaluation_beside_rules(scripts, meta_run, trained, tmp_path):
