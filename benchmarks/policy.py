@@ -1,7 +1,7 @@
 """A learned policy at work: what a decision adds on 50,000 rows, and how many whole episodes a second training runs.
 
-Claim: after a once-per-run `begin`, a decision of the shipped policy takes less than 100 ms, a ninth to an eighth of
-the time in which a small convolutional network looks at the pool.
+Claim: after a once-per-run `begin`, a decision of the shipped policy on 50,000 rows takes less than 100 ms, and less than
+a tenth of the time in which a small convolutional network looks at the pool.
 
     python benchmarks/policy.py            # one minute on two cores
     python benchmarks/policy.py --quick    # a smoke test
@@ -12,8 +12,8 @@ embeddings of 128 features, ten classes and 90 labelled rows. `decision, 1` and 
 are compared with a float64 form of the network on the same features. `evolution` and `reinforce` are a step of training
 on pools of 600 rows with a linear layer: 100 labels in batches of ten.
 
-Expected on two cores: a decision in 78 ms (batches of ten) and 89 ms (single rows), max_herding 230 ms, the network
-698 ms; 57 episodes a second for evolution, 86 for reinforce. All figures: benchmarks/results/.
+Expected on two cores: a decision in 41 ms (batches of ten) and 50 ms (single rows), max_herding 230 ms, the network
+735 ms; 58 episodes a second for evolution, 85 for reinforce. All figures: benchmarks/results/.
 """
 
 import functools
