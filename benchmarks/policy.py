@@ -1,7 +1,7 @@
 """A learned policy at work: what a decision adds on 50,000 rows, and how many whole episodes a second training runs.
 
-Claim: after a once-per-run `begin`, a decision of the shipped policy on 50,000 rows takes less than 100 ms, and less than
-a tenth of the time in which a small convolutional network looks at the pool.
+Claim: after a once-per-run `begin`, a decision of the shipped policy on 50,000 rows takes less than 100 ms, and less
+than a tenth of the time in which a small convolutional network looks at the pool.
 
     python benchmarks/policy.py            # one minute on two cores
     python benchmarks/policy.py --quick    # a smoke test
