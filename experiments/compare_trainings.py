@@ -1,6 +1,6 @@
 """Ways to train a policy at equal time; and learner and policy trained together, against each alone.
 
-Claim: see experiments/results/policies/, `ways-...` and `joint-...`, and the README.
+Claim: none yet; no figures of it are committed.
 
     python experiments/compare_trainings.py --meta-run runs/cifar10-mnist                # every way, 5 minutes each
     python experiments/compare_trainings.py --what joint --meta-run runs/cifar10-mnist   # gradients reach the learner

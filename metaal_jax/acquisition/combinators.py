@@ -254,7 +254,8 @@ def planned(policy: Policy, *, rows: int, k: int = 1) -> Policy:
     """Asks for the batches of another policy `k` rows at a time; it chooses again when all of them were asked for.
 
     A model of a few labels changes its mind with every one of them, and what it says in between misleads rules that
-    listen to it; a batch chosen as a whole covers the pool evenly. Most rounds then cost nothing.
+    listen to it; a batch chosen as a whole covers the pool evenly. Most rounds then cost nothing, except under `vmap`,
+    where a plan is computed in all of them.
 
     Args:
       policy: asks for `rows` rows a round.

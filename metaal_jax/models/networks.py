@@ -56,18 +56,16 @@ class Projection(nn.Module):
 
     Attributes:
       classes: number of logits.
-      zero_head: see `MLP`.
     """
 
     classes: int
-    zero_head: bool = False
 
     @nn.compact
     def __call__(self, x: Array, weight: Array | None = None) -> tuple[Array, Array]:
         """`[n, ...]` -> logits `[n, classes]`, embedding `[n, d]`."""
         x = as_float(x).reshape(x.shape[0], -1)
         moved = nn.Dense(x.shape[1], use_bias=False, kernel_init=nn.initializers.zeros_init(), name="map")(x)
-        return _head(x + moved, self.classes, self.zero_head)
+        return _head(x + moved, self.classes, zero=False)
 
 
 class Conv4(nn.Module):
