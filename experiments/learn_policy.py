@@ -121,7 +121,8 @@ class Config:
     problems: int = 8
     """Problems of a step."""
     episodes: int = 16
-    """Episodes of each problem in a step (evolution and reinforce); ppo and the supervised ways run one."""
+    """Episodes of each problem in a step (evolution and reinforce); ppo runs as many in all, each of a problem of its
+    own, the supervised ways and pathwise one of each problem."""
     deviation: float = 0.15
     """Of evolution's noise on the parameters."""
     policy_rate: float = 0.05

@@ -61,8 +61,9 @@ def _reinforce(config: Any, kind: Kind, network: Any, common: dict[str, Any]) ->
 
 
 def _ppo(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> policies.PolicyTrainer:
-    parts = math.gcd(4, config.problems * (kind.budget // kind.batch))
-    return policies.ppo(policy=_drawing(config, kind, network), episodes=config.problems, minibatches=parts, **common)
+    episodes = config.problems * config.episodes
+    parts = math.gcd(4, episodes * (kind.budget // kind.batch))
+    return policies.ppo(policy=_drawing(config, kind, network), episodes=episodes, minibatches=parts, **common)
 
 
 def _supervised(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> policies.PolicyTrainer:
