@@ -57,7 +57,7 @@ class Config:
     """Comma-separated ways, or for joint what is trained; or all."""
     minutes: float = 5.0
     """Time of each training; it is checked after each piece."""
-    pieces: int = 100
+    pieces: int = 1000
     """Most pieces of each training, each followed by a validation."""
     piece_steps: int = 5
     """Steps of the trainer in a piece."""
