@@ -16,6 +16,12 @@ from metaal_jax.base import Problem, PyTree
 from runs import RunFolder, UsageError
 from strategies import main_config, main_network
 
+MADE_OF = {
+    "auto": "shapes, where the main job learns from such; else classes",
+    "shapes": "shapes drawn from the source's images, as many examples of each as wanted",
+    "classes": "the source's own classes and their images",
+}
+
 
 class Kind(NamedTuple):
     """A kind of problems.
@@ -82,7 +88,10 @@ def embedded_forms(config: Any, setting: Any, folder: RunFolder) -> tuple[PyTree
     meta = without_head(model, meta, jnp.zeros((1, *setting.shape), setting.train_source.x.dtype))
     embed = jax.jit(functools.partial(make_embed(model, 100), meta))
     found = []
-    if setting.kinds == ("shapes",):
+    if config.made_of == "shapes" and not setting.can_hold_shapes():
+        raise UsageError(f"--made-of shapes: they are square grey images, rows here have shape {setting.shape}; give "
+                         "--made-of classes")  # fmt: skip
+    if config.made_of == "shapes" or (config.made_of == "auto" and "shapes" in setting.kinds):
         held = setting.validation_source.x
         wanted = ((setting.train_source.x, config.forms), *[(held, config.validation_forms)] * 2)
         for part, (images, count) in enumerate(wanted):

@@ -8,13 +8,13 @@ and, single rows or batches of ten, better than every rule on a new task (`evalu
     python experiments/learn_policy.py --meta-run runs/cifar10-mnist --policy selector # what chooses among rules
 
 The main job's meta-learned network embeds everything once. A problem's classes are each composed of one to three forms,
-in uneven shares: shapes drawn from the source's images at several strengths of distortion, without any label, or, of
-sources such as Omniglot, the source's own classes. Problems of several kinds (classes, rows, labels, batches) take
-turns. A linear layer is trained on the embedding after every batch, as in `strategies.py`, and the policy is rewarded
-with the area under the learning curve. Problems of forms that training does not see choose the checkpoint; problems of
-still other forms are what is reported, paired with rules on the same problems. (Of a source's own classes with too few
-of them, the held-out forms are other images of the same classes.) The new task is not looked at. How many pieces there
-are is a matter of time: the seed decides what each of them gives.
+in uneven shares: shapes drawn from the source's images at several strengths of distortion, without any label, or, with
+`--made-of classes`, the source's own classes. Problems of several kinds (classes, rows, labels, batches) take turns. A
+linear layer is trained on the embedding after every batch, as in `strategies.py`, and the policy is rewarded with the
+area under the learning curve. Problems of forms that training does not see choose the checkpoint; problems of still
+other forms are what is reported, paired with rules on the same problems. (Of a source's own classes with too few of
+them, the held-out forms are other images of the same classes.) The new task is not looked at. How many pieces there are
+is a matter of time: the seed decides what each of them gives.
 
 Expected: see experiments/results/policies/ and the README.
 """
@@ -30,7 +30,7 @@ import tyro
 from tqdm import tqdm
 
 import meta_active
-from forms import embedded_forms, kinds_of, main_job, strengths_of
+from forms import MADE_OF, embedded_forms, kinds_of, main_job, strengths_of
 from metaal_jax import policies
 from metaal_jax.metrics import interval
 from paired import numbers, shown
@@ -103,6 +103,7 @@ class Config:
     """Its validation rows, which imitation and regression measure labels by."""
     imbalance: float = 10.0
     """How many times rarer its rarest class may be than its most frequent one."""
+    made_of: Annotated[str, tyro.conf.arg(help=choices(MADE_OF))] = "auto"
     forms: int = 560
     """Shape classes for training, at each strength."""
     validation_forms: int = 140
@@ -167,7 +168,8 @@ class Config:
 def check(config: Config) -> None:
     """Checks what can be checked without data."""
     for text, known, what in ((config.way, WAYS, "way"), (config.policy, POLICIES, "policy"),
-                              (config.learner, LEARNERS, "learner"), (config.train, TRAINED, "train")):  # fmt: skip
+                              (config.learner, LEARNERS, "learner"), (config.train, TRAINED, "train"),
+                              (config.made_of, MADE_OF, "made-of")):  # fmt: skip
         if names(text, known, what) != (text,):
             raise UsageError(f"--{what} {text!r}: give one; choose from {', '.join(known)}")
     for field in dataclasses.fields(config):
