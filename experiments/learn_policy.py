@@ -122,12 +122,12 @@ class Config:
     problems: int = 8
     """Problems of a step."""
     episodes: int = 16
-    """Episodes of each problem in a step (evolution and reinforce); ppo runs as many in all, each of a problem of its
-    own, the supervised ways and pathwise one of each problem."""
+    """Episodes of each problem in a step (evolution and reinforce); ppo runs a quarter as many in all, each of a
+    problem of its own, the supervised ways and pathwise one of each problem."""
     deviation: float = 0.15
     """Of evolution's noise on the parameters."""
     policy_rate: float = 0.05
-    """Learning rate of the policy (Adam); row and set take a tenth of it."""
+    """Learning rate of the policy (Adam); row and set take a tenth of it, ppo a fifth."""
     anchors: int = 200
     """Rows that stand for the pool in training."""
     candidates: int = 48

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from forms import Kind, kinds_of, make_sampler
 from metaal_jax import checkpoint, learners, models, policies
-from metaal_jax.base import Learner, Policy, PyTree
+from metaal_jax.base import Batch, Learner, Policy, PyTree
 from metaal_jax.policies import features
 from metaal_jax.policies.episodes import episode
 from registry import ALIASES, STRATEGIES, Need, find, make_policy, strategy_names
@@ -61,7 +61,7 @@ def _reinforce(config: Any, kind: Kind, network: Any, common: dict[str, Any]) ->
 
 
 def _ppo(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> policies.PolicyTrainer:
-    episodes = config.problems * config.episodes
+    episodes = max(config.problems * config.episodes // 4, 1)
     parts = math.gcd(4, episodes * (kind.budget // kind.batch))
     return policies.ppo(policy=_drawing(config, kind, network), episodes=episodes, minibatches=parts, **common)
 
@@ -78,9 +78,20 @@ def _pathwise(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> 
         groups = {"policy": common["optimizer"] if config.train == "both" else optax.set_to_zero(),
                   "learner": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learner_rate))}  # fmt: skip
         common = {**common, "optimizer": optax.partition(groups, ("policy", "learner"))}
-    # Adam's derivative is NaN where a gradient is 0, without `eps_root`.
-    common["learner"] = learners_of(config, kind.ways, eps_root=1e-8)[0]
-    return policies.pathwise(policy=_drawing(config, kind, network), problems=config.problems, joint=joint, **common)
+    # A linear layer that Adam trains says little of what a label is worth by its derivative: see `pathwise`.
+    refit = None if config.learner == "ridge" else _with_own_start(ridge_learner(config, kind.ways))
+    return policies.pathwise(policy=_drawing(config, kind, network), problems=config.problems, joint=joint, refit=refit,
+                             **common)  # fmt: skip
+
+
+def _with_own_start(learner: Learner) -> Learner:
+    """The learner with meta-parameters of its own, before any training, in place of those it is given."""
+
+    def adapt(key: jax.Array, meta: PyTree, batch: Batch, *, unlabelled: PyTree | None = None) -> PyTree:
+        del meta
+        return learner.adapt(key, learner.init(jax.random.key(0), batch.x), batch, unlabelled=unlabelled)
+
+    return learner._replace(adapt=adapt)
 
 
 class Way(NamedTuple):
@@ -89,16 +100,19 @@ class Way(NamedTuple):
     Attributes:
       line: what it does, for `--help`.
       make: `(config, kind, network, what all trainers take) -> trainer`.
+      rate: factor of the learning rate.
     """
 
     line: str
     make: Callable[..., policies.PolicyTrainer]
+    rate: float = 1.0
 
 
 WAYS = {
     "evolution": Way("evolution strategies: the parameters are varied, whole episodes compared", _evolution),
     "reinforce": Way("policy gradient, other episodes of the same problem as baseline", _reinforce),
-    "ppo": Way("clipped policy gradient with a learned value", _ppo),
+    # Sixteen updates a step, from the same episodes, go too far at the others' rate: half of all ratios are clipped.
+    "ppo": Way("clipped policy gradient with a learned value", _ppo, rate=0.2),
     "regression": Way("what a label is worth, measured by refitting, as a regression (LAL)", _supervised),
     "imitation": Way("the greedy oracle imitated, with data aggregation", _supervised),
     "classification": Way("whether a row's label helps, as a classifier", _supervised),
@@ -136,12 +150,14 @@ def make_network(config: Any) -> Any:
     return models.LinearNetwork(ignored=ignored, situation=moving, prior=prior)
 
 
-def learners_of(config: Any, ways: int, eps_root: float = 0.0) -> tuple[Learner, Learner]:
-    """The learner, and its quicker form for what refits it by the thousand; `eps_root` is for its Adam, if any."""
-    if config.learner == "linear":
-        return linear_learners(config, ways, eps_root)
-    ridge = learners.r2d2(models.Projection(ways), ridge=config.ridge, scale=config.scale, intercept=True)
-    return ridge, ridge
+def learners_of(config: Any, ways: int) -> tuple[Learner, Learner]:
+    """The learner, and its quicker form for what refits it by the thousand."""
+    return linear_learners(config, ways) if config.learner == "linear" else (ridge_learner(config, ways),) * 2
+
+
+def ridge_learner(config: Any, ways: int) -> Learner:
+    """Ridge regression on a linear map of the embedding, which is smooth in the weights of its rows."""
+    return learners.r2d2(models.Projection(ways), ridge=config.ridge, scale=config.scale, intercept=True, absent=None)
 
 
 def need_of(config: Any, kind: Kind) -> Need:
@@ -161,7 +177,7 @@ def make_chooser(config: Any, kind: Kind, network: Any, **options: Any) -> Polic
 
 def make_trainer(config: Any, kind: Kind, network: Any) -> policies.PolicyTrainer:
     """The way to train, on one kind of problems."""
-    rate = config.policy_rate * (0.1 if config.policy in ("row", "set") else 1.0)
+    rate = config.policy_rate * WAYS[config.way].rate * (0.1 if config.policy in ("row", "set") else 1.0)
     common = {
         "learner": learners_of(config, kind.ways)[0], "sampler": make_sampler(config, kind),
         "optimizer": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)),

@@ -228,14 +228,11 @@ def make_problems(config: Config, setting: meta_active.Setting, meta: PyTree, pl
     return found
 
 
-def linear_learners(config: Any, classes: int, eps_root: float = 0.0) -> tuple[Learner, Learner]:
-    """The linear layer on an embedding, and its quicker form for what refits it by the thousand.
-
-    `eps_root` is Adam's; above 0 its steps can be differentiated everywhere.
-    """
+def linear_learners(config: Any, classes: int) -> tuple[Learner, Learner]:
+    """The linear layer on an embedding, and its quicker form for what refits it by the thousand."""
     model = models.MLP(classes, hidden=(), zero_head=True)
     train = lambda rate, steps: learners.fine_tune(  # noqa: E731
-        model, optimizer=optax.adamw(rate, weight_decay=config.decay, eps_root=eps_root), steps=steps
+        model, optimizer=optax.adamw(rate, weight_decay=config.decay), steps=steps
     )
     quick_rate = config.rate * config.steps / config.refit_steps
     return train(config.rate, config.steps), train(quick_rate, config.refit_steps)

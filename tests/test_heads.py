@@ -253,6 +253,24 @@ def test_padding_and_classes_without_a_label(name):
     np.testing.assert_array_equal(padded["bias"][3:], ABSENT)
 
 
+@pytest.mark.parametrize("width", [4, 9])
+def test_the_first_label_of_a_class_is_no_jump(width):
+    """Without a logit for absent classes, the derivative at weight 0 is what a small weight changes."""
+    with jax.enable_x64(True):
+        embedding, y, weight = features(7, width, dtype=np.float64)
+        absent = y == 2
+
+        @jax.jit
+        def logits(share):
+            made = ridge_head(embedding, y, jnp.where(absent, share, weight), 3, ridge=0.7, absent=None)
+            return embedding @ made["kernel"] + made["bias"]
+
+        slope = jax.jacobian(logits)(0.0)
+        np.testing.assert_allclose((logits(1e-6) - logits(0.0)) / 1e-6, slope, rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(logits(0.0)[:, 2], 0.0)
+        assert (slope[absent, 2] > 0.1).all()
+
+
 DEGENERATE = {
     "no labels": lambda y, weight: (y, 0 * weight),
     "one label": lambda y, weight: (y, weight * (np.arange(7) == 2)),

@@ -271,6 +271,8 @@ def test_bad_arguments_are_refused():
         policies.ppo(TOY, policies.learned(network, k=1, sample=True), toy_problem, reward="gold", **options)
     with pytest.raises(ValueError, match="has no score"):
         policies.pathwise(TOY, policies.selector([fixed], network, k=1), toy_problem, **options)
+    with pytest.raises(ValueError, match="estimator must be one of"):
+        policies.pathwise(TOY, policies.learned(network, k=1), toy_problem, estimator="gold", **options)
     with pytest.raises(ValueError, match="no parameters to train"):
         train(policies.evolution(TOY, fixed, toy_problem, **options), jax.random.key(0), 1)
     with pytest.raises(ValueError, match="deviation must be > 0"):
@@ -582,6 +584,52 @@ def test_relaxed_choice_tends_to_the_hard_one(k, key):
     direction = jax.random.normal(key, flat.shape)
     difference = (value(flat + 1e-2 * direction) - value(flat - 1e-2 * direction)) / 2e-2
     np.testing.assert_allclose(grad @ direction, difference, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("estimator", ["reinmax", "straight_through"])
+def test_gradients_at_the_hard_choice(estimator, key):
+    """One pick that enters a loss quadratically: ReinMax is exact in the mean over all picks, a tangent is not."""
+    policy = policies.learned(NETWORKS["row"], k=1)
+    view = make_view(0, 6)
+    params = bent(policy.init(key), key)
+    seen = policy.observe(policy.begin(params, key, view), key, view)
+    scores = policy.score(params, seen)[0]
+    linear, square = jax.random.normal(key, (6,)), jax.random.normal(jax.random.fold_in(key, 1), (6, 6))
+    loss = lambda choice: linear @ choice + choice @ square @ choice  # noqa: E731
+    each = jax.vmap(loss)(jnp.eye(6))
+    exact = jax.grad(lambda scores: jax.nn.softmax(scores) @ each)(scores)
+
+    @jax.jit
+    def estimate(place):
+        noise = 1e3 * jax.nn.one_hot(place, 6)[None]
+        score = lambda scores, seen: (scores, jnp.zeros(()))  # noqa: E731
+
+        def of(scores):
+            chosen, _, choice = policies.relaxed_batch(score, scores, seen, noise, temperature=1.0, estimator=estimator)
+            return loss(choice), (chosen, choice)
+
+        grad, (chosen, choice) = jax.grad(of, has_aux=True)(scores)
+        return grad, chosen[0], choice
+
+    grads, chosen, choice = jax.lax.map(estimate, jnp.arange(6))
+    assert chosen.tolist() == list(range(6))
+    np.testing.assert_allclose(choice, jnp.eye(6), atol=1e-5)
+    wrong = float(jnp.abs(jax.nn.softmax(scores) @ grads - exact).max())
+    assert wrong < 1e-5 if estimator == "reinmax" else wrong > 1e-2
+
+
+def test_another_learner_may_judge(key):
+    """The toy is played by a learner through which no gradient comes, and judged by one through which it does."""
+    network = NETWORKS["row"]
+    deaf = TOY._replace(adapt=lambda *args, **options: jax.lax.stop_gradient(TOY.adapt(*args, **options)))
+    policy = policies.learned(network, k=1, sample=True)
+    options = {"optimizer": optax.adam(0.03), "budget": 4, "problems": 8}
+    before = policy.init(key)
+    still = train(policies.pathwise(deaf, policy, toy_problem, **options), key, 2)[0].params
+    chex.assert_trees_all_equal(still, train(policies.pathwise(deaf, policy, toy_problem, **options), key, 1)[0].params)
+    state, _ = train(policies.pathwise(deaf, policy, toy_problem, refit=TOY, **options), key, 40)
+    assert toy_area(policies.learned(network, k=1), before, key, 1) < 0.75
+    assert toy_area(policies.learned(network, k=1), state.params, key, 1) == 0.875
 
 
 def test_pathwise_trains_learner_and_policy_together(key):

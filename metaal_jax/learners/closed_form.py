@@ -20,7 +20,7 @@ from metaal_jax.learners.adaptation import (
     support_statistics,
     without,
 )
-from metaal_jax.learners.heads import prototype_head, ridge_head, svm_head
+from metaal_jax.learners.heads import ABSENT, prototype_head, ridge_head, svm_head
 from metaal_jax.learners.meta_gradient import through
 
 
@@ -142,6 +142,7 @@ def r2d2(
     ridge: float | Array = 1.0,
     scale: float | Array = 1.0,
     intercept: bool = False,
+    absent: float | None = ABSENT,
     learn: Sequence[str] = ("ridge", "scale"),
     **options: Any,
 ) -> Learner:
@@ -152,6 +153,7 @@ def r2d2(
       ridge: strength of the regularisation, > 0.
       scale: factor on the regression's outputs to make logits of them, > 0.
       intercept: fits an unpenalised intercept too, which suits unbalanced labelled sets; not in the paper.
+      absent: logit of a class without a label, see `ridge_head`.
       learn: which of `"ridge"`, `"scale"` to learn.
       options: see `closed_form`.
 
@@ -162,7 +164,7 @@ def r2d2(
     """
 
     def head(embedding: Array, y: Array, weight: Array, classes: int, **settings: Any) -> PyTree:
-        return ridge_head(embedding, y, weight, classes, intercept=intercept, **settings)
+        return ridge_head(embedding, y, weight, classes, intercept=intercept, absent=absent, **settings)
 
     return through(closed_form(model, head, settings={"ridge": ridge, "scale": scale}, learn=learn, **options))
 

@@ -40,6 +40,7 @@ def ridge_head(
     ridge: float | Array = 1.0,
     scale: float | Array = 1.0,
     intercept: bool = True,
+    absent: float | None = ABSENT,
 ) -> PyTree:
     """Weighted ridge regression onto one-hot classes: `logits = scale (z W + b)`.
 
@@ -56,9 +57,11 @@ def ridge_head(
         rounding leaves of it, a unit in the last place of the weighted sum of squares, counts as that much.
       scale: factor on the regression's outputs, which lie about between 0 and 1: the cross entropy wants it larger.
       intercept: fits `b`, which is not regularised; otherwise `b = 0`, as in R2D2.
+      absent: bias of a class without a label. None: 0, what the regression tends to as the weight of a class falls to
+        0, so that nothing jumps and a gradient in the weights tells what a first label of the class would change.
 
     Returns:
-      `{"kernel": [d, c], "bias": [c]}`. A class without a label has a kernel of 0 and the bias `ABSENT`.
+      `{"kernel": [d, c], "bias": [c]}`. A class without a label has a kernel of 0 and the bias `absent`.
 
     Raises:
       ValueError: for `ridge <= 0`.
@@ -87,7 +90,8 @@ def ridge_head(
         kernel = jnp.linalg.solve(gram + ridge * jnp.eye(features, dtype=gram.dtype), embedding.T @ weighted)
     if intercept:
         bias = bias - centre @ kernel
-    return {"kernel": scale * kernel, "bias": jnp.where(count > 0, scale * bias, ABSENT)}
+    bias = scale * bias
+    return {"kernel": scale * kernel, "bias": bias if absent is None else jnp.where(count > 0, bias, absent)}
 
 
 @FULL_PRECISION

@@ -1,6 +1,7 @@
 """Gradients through the whole thing: a relaxed choice, the learner's adaptation, and the loss that follows."""
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,28 @@ from metaal_jax.policies.episodes import (
 )
 from metaal_jax.policies.learned import Score
 
+Estimator = Literal["reinmax", "straight_through", "relaxed"]
+
+
+def _reinmax(scores: Array, available: Array, place: Array, temperature: float | Array) -> Array:
+    """The hard choice `[m]` with ReinMax's gradient in the scores; the place must be drawn by their softmax."""
+    scores = jnp.where(available, scores, -1e9)
+    drawn = jax.nn.one_hot(place, scores.shape[0])
+    between = lax.stop_gradient(0.5 * (drawn + jax.nn.softmax(scores / temperature)))
+    # A softmax with the value `between`, whose gradient reaches the scores.
+    moved = jax.nn.softmax(jnp.log(jnp.maximum(between, 1e-30)) + scores - lax.stop_gradient(scores))
+    path = 2.0 * moved - 0.5 * jax.nn.softmax(scores)
+    return drawn + path - lax.stop_gradient(path)
+
 
 def relaxed_batch(
-    score: Score, policy_params: PyTree, observation: PyTree, noise: Array, *, temperature: float | Array
+    score: Score,
+    policy_params: PyTree,
+    observation: PyTree,
+    noise: Array,
+    *,
+    temperature: float | Array,
+    estimator: Estimator = "relaxed",
 ) -> tuple[Array, Array, Array]:
     """A batch drawn without replacement, and the same choice made softly.
 
@@ -34,31 +54,44 @@ def relaxed_batch(
     by the temperature, over what is left after the picks before it. Scores are taken anew after each pick, as
     `policies.learned` does. As the temperature falls the soft choice tends to the hard one.
 
+    A gradient that is taken at the hard choice (`"straight_through"`) follows a tangent to the other choices, and what
+    a first label of its kind changes is no straight line. `"reinmax"` is a second-order rule for the way from one
+    choice to another: it is exact, in the mean, where a single pick enters quadratically and the temperature is 1.
+
     Args:
       score: `(params, observation) -> (scores [m], value)`.
       policy_params: its parameters; the soft choice is differentiable in them.
       observation: of the candidates.
       noise: `[k, m]`; Gumbel noise makes it a draw (Plackett-Luce).
       temperature: > 0; may be traced.
+      estimator: what the last value is: the soft choice (`"relaxed"`), or the hard one with the gradient of the soft
+        one (`"straight_through"`) or with that of ReinMax, which needs Gumbel noise.
 
     Returns:
-      `(place int32 [k], valid bool [k], soft [m])`; the soft choice adds up to the number of valid picks.
+      `(place int32 [k], valid bool [k], choice [m])`; the choice adds up to the number of valid picks.
 
     Reference: Maddison, Mnih, Teh: The Concrete Distribution, 2017; Xie, Ermon: Reparameterizable Subset Sampling via
-    Continuous Relaxations, 2019.
+    Continuous Relaxations, 2019; Liu, Dong, Liu, Yu, Gao: Bridging Discrete and Backpropagation: Straight-Through and
+    Beyond, 2023 (ReinMax).
     """
     k = noise.shape[0]
 
     def pick(seen: PyTree, own: Array) -> tuple[PyTree, tuple[Array, Array, Array]]:
-        worth = jnp.where(seen.available, score(policy_params, seen)[0] + own, -jnp.inf)
+        scores = score(policy_params, seen)[0]
+        worth = jnp.where(seen.available, scores + own, -jnp.inf)
         place = worth.argmax().astype(jnp.int32)
         valid = seen.available[place]
-        soft = jax.nn.softmax(jnp.where(seen.available, worth / temperature, -1e9))
-        soft = jnp.where(seen.available & valid, soft, 0.0)
-        return (features.picked(seen, place) if k > 1 else seen), (place, valid, soft)
+        if estimator == "reinmax":
+            choice = _reinmax(scores, seen.available, place, temperature)
+        else:
+            choice = jax.nn.softmax(jnp.where(seen.available, worth / temperature, -1e9))
+            if estimator == "straight_through":
+                choice += lax.stop_gradient(jax.nn.one_hot(place, scores.shape[0]) - choice)
+        choice = jnp.where(seen.available & valid, choice, 0.0)
+        return (features.picked(seen, place) if k > 1 else seen), (place, valid, choice)
 
-    _, (place, valid, soft) = lax.scan(pick, observation, noise)
-    return place, valid, soft.sum(0)
+    _, (place, valid, choice) = lax.scan(pick, observation, noise)
+    return place, valid, choice.sum(0)
 
 
 def pathwise(
@@ -71,19 +104,25 @@ def pathwise(
     k: int = 1,
     problems: int = 4,
     temperature: float | Array | Callable[[Array], Array] = 1.0,
-    straight_through: bool = True,
+    estimator: Estimator = "reinmax",
+    refit: Learner | None = None,
     joint: bool = False,
     chunk: int | None = None,
 ) -> PolicyTrainer:
     """Gradients through the whole thing: relaxed choice, the learner's adaptation, and the loss that follows.
 
     An episode is run with hard choices, drawn by Gumbel noise. Then every choice is made again with the same noise,
-    softly (`relaxed_batch`). The learner adapts, in every round, to the whole pool weighed by all choices so far,
-    and the mean over the rounds of its cross entropy on the judging rows is differentiated: a choice is credited with
-    what it changes in all later rounds, except for what it changes in what later choices see.
+    differentiably (`relaxed_batch`). The learner adapts, in every round, to the whole pool weighed by all choices so
+    far, and the mean over the rounds of its cross entropy on the judging rows is differentiated: a choice is credited
+    with what it changes in all later rounds, except for what it changes in what later choices see.
+
+    What a row's weight changes must be a fair guess of what its label changes. It is with a closed form such as
+    `learners.r2d2(..., absent=None)`. It is not with Adam, whose first steps know only signs: a small weight on the
+    first row of a class turns no sign, though its label would turn all, and training runs away from coverage. A
+    learner of that kind plays the episodes, and `refit` judges them.
 
     Args:
-      learner: differentiable in the weights of its labelled rows. Optax's Adam is, where `eps_root` is not 0.
+      learner: the base learner, which plays the episodes.
       policy: of `policies.learned`, with or without `candidates`.
       sampler: `(key, data) -> Problem`. Pools should be small: the learner adapts to all rows in every round.
       optimizer: for the policy's parameters; with `joint` for the pair of them and the meta-parameters.
@@ -91,7 +130,9 @@ def pathwise(
       k: rows a round.
       problems: episodes of each step.
       temperature: of the relaxed choice, > 0, or a schedule `(step) -> temperature`.
-      straight_through: adapt to the hard choices and differentiate the relaxed ones; else adapt to the relaxed ones.
+      estimator: `"relaxed"` adapts to soft choices, the others to the hard ones, see `relaxed_batch`.
+      refit: the learner whose adaptation is differentiated, for the same meta-parameters, smooth in the weights of its
+        rows; None for `learner` itself. (Of optax's Adam the derivative is NaN without `eps_root`.)
       joint: train the learner's meta-parameters with the policy's.
       chunk: problems side by side; None for all.
 
@@ -99,13 +140,17 @@ def pathwise(
       A `PolicyTrainer`; metrics `loss`, `area`, `grad_norm`.
 
     Raises:
-      ValueError: for a policy without `observe`, a budget that is no multiple of `k`, a temperature that is not
-        positive, or numbers below 1.
+      ValueError: for a policy without `observe`, a budget that is no multiple of `k`, an unknown estimator, a
+        temperature that is not positive, or numbers below 1.
 
     Reference: Bengio, Leonard, Courville: Estimating or Propagating Gradients Through Stochastic Neurons for
-    Conditional Computation, 2013 (straight-through); Maddison, Mnih, Teh: The Concrete Distribution, 2017.
+    Conditional Computation, 2013 (straight-through); Maddison, Mnih, Teh: The Concrete Distribution, 2017; Liu et al.:
+    Bridging Discrete and Backpropagation: Straight-Through and Beyond, 2023 (ReinMax).
     """
     check_counts("pathwise", problems=problems)
+    if estimator not in get_args(Estimator):
+        raise ValueError(f"pathwise: estimator must be one of {get_args(Estimator)}, got {estimator!r}")
+    judging = learner if refit is None else refit
     check_scores("pathwise", policy)
     if not callable(temperature):
         require(temperature > 0, f"pathwise: temperature must be > 0, got {temperature}")
@@ -123,28 +168,31 @@ def pathwise(
     def episode_loss(key: Array, trained: PyTree, runs: Trajectory, problem: Problem, heat: Array) -> Array:
         params, meta = trained
         n, y = rows_of(problem.x), jnp.asarray(problem.y)
-        hard = jnp.zeros((runs.index.shape[0], n))
-        hard = jax.vmap(lambda row, index, bought: row.at[index].max(bought.astype(jnp.float32)))(
-            hard, runs.index, runs.bought
-        )
 
         def choice(observation: PyTree, noise: Array) -> Array:
-            _, _, soft = relaxed_batch(policy.score, params, observation, noise, temperature=heat)
-            return jnp.zeros(n).at[observation.position].add(soft)
+            _, _, chosen = relaxed_batch(
+                policy.score, params, observation, noise, temperature=heat, estimator=estimator
+            )
+            return jnp.zeros(n).at[observation.position].add(chosen)
 
-        soft = jax.vmap(choice)(runs.observation, runs.notes)
+        chosen = jax.vmap(choice)(runs.observation, runs.notes)
         given = jnp.zeros(n).at[jnp.where(problem.initial >= 0, problem.initial, n)].set(1.0, mode="drop")
-        if straight_through:
-            weights = given + jnp.cumsum(hard + soft - lax.stop_gradient(soft), axis=0)
-        else:
+        if estimator == "relaxed":
             # A row is labelled unless no round chose it.
-            weights = jnp.maximum(given, 1.0 - jnp.cumprod(1.0 - jnp.minimum(soft, 1.0), axis=0))
+            weights = jnp.maximum(given, 1.0 - jnp.cumprod(1.0 - jnp.minimum(chosen, 1.0), axis=0))
+        else:
+            # The rows that were bought: an oracle may have no label to give.
+            bought = jnp.zeros_like(chosen)
+            bought = jax.vmap(lambda row, index, real: row.at[index].max(real.astype(jnp.float32)))(
+                bought, runs.index, runs.bought
+            )
+            weights = given + jnp.cumsum(bought + chosen - lax.stop_gradient(chosen), axis=0)
 
         @jax.checkpoint
         def judged(weight: Array) -> Array:
             batch = Batch(x=problem.x, y=y, weight=weight)
-            adapted = learner.adapt(key, meta, batch, unlabelled=problem.x)
-            log_probs = consensus(learner.predict(adapted, problem.test.x).logits)
+            adapted = judging.adapt(key, meta, batch, unlabelled=problem.x)
+            log_probs = consensus(judging.predict(adapted, problem.test.x).logits)
             return cross_entropy(log_probs, problem.test.y, problem.test.weight)
 
         return lax.map(judged, weights).mean()
