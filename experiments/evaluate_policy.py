@@ -34,7 +34,7 @@ from paired import finite, holm, labels_to, numbers, paired_p, shown
 from registry import ADAPTIVE, LEARNED, STRATEGIES
 from report import write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main, write
-from strategy_report import Cell, Table, win_picture, wins
+from strategy_report import Cell, Table, share_picture, win_picture, wins
 
 # What a run was of may grow and shrink: a cell depends on its own strategy alone.
 FREE = frozenset({"out", "resume", "data_dir", "save_results", "policies", "strategies", "importance", "batches"})
@@ -143,6 +143,11 @@ def job(config: Config) -> None:
         write_results(place, command=command(), environment=environment(), seconds=folder.seconds(),
                       config=dataclasses.asdict(config), rows=rows, paired=paired)  # fmt: skip
         picture(config, table, trained, scrambled, place.with_suffix(".png"))
+        for name in trained:
+            panels = {f"batches of {cell.batch}": (table.labels[cell], table.values[cell]["shares"].mean(0))
+                      for cell in table.labels if cell.strategy == name and "shares" in table.values[cell]}  # fmt: skip
+            if panels:
+                share_picture(panels, rules_of(name), place.with_name(f"{place.stem}-{plain(name)}-rules.png"))
     for k in sorted({cell.batch for cell in table.labels}):
         some = [c for c in table.labels if c.batch == k and c.strategy not in scrambled]
         held, won = wins(part_of(table, some), config.budget, (EMBEDDING, CONDITION, k))
@@ -172,6 +177,16 @@ def short(name: str) -> str:
     """A strategy's name for pictures: of a policy's path the folder's name."""
     path = Path(name.removeprefix(LEARNED))
     return f"{LEARNED}{path.parent.name}" if name.startswith(LEARNED) and path.suffix else name
+
+
+def rules_of(name: str) -> tuple[str, ...]:
+    """The rules that a trained selector follows, in its order."""
+    return policies.load(name.removeprefix(LEARNED)).rules
+
+
+def plain(name: str) -> str:
+    """A trained policy's name for files."""
+    return short(name).removeprefix(LEARNED)
 
 
 def part_of(table: Table, cells: list[Cell]) -> Table:
@@ -209,6 +224,12 @@ def compare(
             for i, n in enumerate(labels):
                 if n % max(config.budget // 10, 1) == 0:
                     add(name, "accuracy", int(n), accuracy[:, i])
+            if "shares" in table.values[cell(name)]:
+                for n, shares in zip(labels, table.values[cell(name)]["shares"].mean(0), strict=True):
+                    if n % max(config.budget // 10, 1) == 0:
+                        rows.extend({"strategy": name, **where, "metric": "share_of_rule", "rule": rule,
+                                     "labels": int(n), "mean": round(float(share), 4)}
+                                    for rule, share in zip(rules_of(name), shares, strict=True))  # fmt: skip
             needed = {}
             for goal in (0.8, 0.9):
                 needed[goal] = np.median(labels_to(labels, accuracy, goal))

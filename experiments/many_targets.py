@@ -33,7 +33,7 @@ from tqdm import tqdm
 import meta_active
 import strategies
 from arms import make_embed, make_model, standardised, without_head
-from evaluate_policy import FREE, forget_changed, short, trained_names
+from evaluate_policy import FREE, forget_changed, plain, rules_of, short, trained_names
 from metaal_jax import data, tasks
 from metaal_jax.base import Problem
 from metaal_jax.data.local import SPLITS
@@ -42,7 +42,7 @@ from paired import numbers, shown
 from registry import STRATEGIES, strategy_names
 from report import write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main
-from strategy_report import TWINS, Cell, Table
+from strategy_report import TWINS, Cell, Table, share_picture
 
 LEFT_OUT = ("oracle", "error_reduction", "error_reduction_01", "epig", *TWINS)
 
@@ -194,11 +194,21 @@ def job(config: Config) -> None:
     rows, paired, text = compare(config, area, names, trained, rules)
     rows += [{"target": name, "metric": "problem", "classes": targets[name].classes, **sizes[name]._asdict()}
              for name in names]  # fmt: skip
+    followed = {name: {cell.condition: (table.labels[cell], table.values[cell]["shares"].mean(0))
+                       for cell in table.labels if cell.strategy == name and "shares" in table.values[cell]}
+                for name in trained}  # fmt: skip
+    rows += [{"strategy": name, "source": config.source, "target": target, "metric": "share_of_rule", "rule": rule,
+              "mean": round(float(share), 4)}
+             for name, panels in followed.items() for target, (_, shares) in panels.items()
+             for rule, share in zip(rules_of(name), shares.mean(0), strict=True)]  # fmt: skip
     (folder.path / "table.txt").write_text(text + "\n")
     for place in (folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])):
         write_results(place, command=command(), environment=environment(), seconds=folder.seconds(),
                       config=dataclasses.asdict(config), rows=rows, paired=paired)  # fmt: skip
         picture(area, names, trained, rules, place.with_suffix(".png"))
+        for name, panels in followed.items():
+            if panels:
+                share_picture(panels, rules_of(name), place.with_name(f"{place.stem}-{plain(name)}-rules.png"))
     print(text)
     print(f"\nrun folder: {folder.path}")
 

@@ -37,6 +37,7 @@ from metaal_jax import learners, models, tasks
 from metaal_jax.base import Learner, Problem, PyTree
 from metaal_jax.loop import active_learner
 from metaal_jax.metrics import Score
+from metaal_jax.policies.selector import SelectorState
 from registry import ALIASES, CANDIDATES, STRATEGIES, Need, find, listing, make_policy, strategy_names
 from runs import RunFolder, UsageError, arguments, main, names, round_to
 from side_by_side import side_by_side
@@ -239,7 +240,10 @@ def linear_learners(config: Any, classes: int) -> tuple[Learner, Learner]:
 
 
 def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
-    """`(key, problem, wrong) -> (Score [rounds], labels bought)`: one run, a pure function."""
+    """`(key, problem, wrong) -> (Score [rounds], labels bought, shares [rounds, rules])`: one run, a pure function.
+
+    The last says which rules proposed the batch of each round, if the strategy is a selector; else there are no rules.
+    """
     model = models.MLP(classes, hidden=(), zero_head=True)
     training: dict[str, Any] = {"optimizer": optax.adamw(config.rate, weight_decay=config.decay), "steps": config.steps}
     learner, refit = linear_learners(config, classes)
@@ -257,19 +261,20 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
     )
     policy = make_policy(strategy, need, posterior)
 
-    def run(key: jax.Array, problem: Problem, wrong: jax.Array) -> tuple[Score, jax.Array]:
+    def run(key: jax.Array, problem: Problem, wrong: jax.Array) -> tuple[Score, jax.Array, jax.Array]:
         init_key, begin_key, loop_key = jax.random.split(key, 3)
         active = active_learner(learner, policy, capacity=budget, wrong=wrong)
         meta = learner.init(init_key, problem.x)
         params = find(strategy).params(problem)
         state = active.init(begin_key, meta, params, problem)
 
-        def body(state: Any, round: jax.Array) -> tuple[Any, Score]:
+        def body(state: Any, round: jax.Array) -> tuple[Any, tuple[Score, jax.Array]]:
             state, info = active.step(jax.random.fold_in(loop_key, round), meta, params, state, problem)
-            return state, info.test
+            own = state.policy_state
+            return state, (info.test, own.last if isinstance(own, SelectorState) else jnp.zeros(0))
 
-        state, test = jax.lax.scan(body, state, jnp.arange(budget // k))
-        return test, problem.y[jnp.maximum(state.labelled_index, 0)]
+        state, (test, shares) = jax.lax.scan(body, state, jnp.arange(budget // k))
+        return test, problem.y[jnp.maximum(state.labelled_index, 0)], shares
 
     return run
 
@@ -280,7 +285,7 @@ def run_program(problems: dict, task: tuple[Any, Work], send: Any) -> None:
     one = make_run(config, classes, strategy, k, budget)
 
     @jax.jit
-    def run(keys: jax.Array, problems: Problem, wrong: jax.Array) -> tuple[Score, jax.Array]:
+    def run(keys: jax.Array, problems: Problem, wrong: jax.Array) -> tuple[Score, jax.Array, jax.Array]:
         if config.seeds <= SEEDS_AT_ONCE:
             return jax.vmap(one, in_axes=(0, 0, None))(keys, problems, wrong)
         return jax.lax.map(lambda each: one(*each, wrong), (keys, problems), batch_size=SEEDS_AT_ONCE)
@@ -291,17 +296,19 @@ def run_program(problems: dict, task: tuple[Any, Work], send: Any) -> None:
         inputs = (keys, problems[cell[:2]], jnp.float32(CONDITIONS.get(cell.condition, {}).get("wrong", 0.0)))
         compiled = run.lower(*inputs).compile() if compiled is None else compiled
         begin = time.perf_counter()
-        test, y = jax.device_get(compiled(*inputs))
-        send(cell, (_records(cell, test, y, k, classes), time.perf_counter() - begin))
+        found = jax.device_get(compiled(*inputs))
+        send(cell, (_records(cell, *found, k, classes), time.perf_counter() - begin))
 
 
-def _records(cell: Cell, test: Score, y: np.ndarray, k: int, classes: int) -> list[dict]:
+def _records(cell: Cell, test: Score, y: np.ndarray, shares: np.ndarray, k: int, classes: int) -> list[dict]:
     records = []
     for seed in range(y.shape[0]):
         share = np.bincount(y[seed], minlength=classes) / y.shape[1]
         balance = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(classes)
         curves = {name: [round_to(v) for v in getattr(test, name)[seed]] for name in ("accuracy", "brier", "ece")}
         labels = [k * (i + 1) for i in range(test.accuracy.shape[1])]
+        if shares.shape[-1]:
+            curves["shares"] = [[round_to(v) for v in row] for row in shares[seed]]
         records.append({**cell._asdict(), "seed": seed, "labels": labels, **curves, "balance": round_to(balance)})
     return records
 

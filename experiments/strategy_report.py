@@ -37,10 +37,12 @@ class Table:
 
     def __init__(self, records: dict[Cell, list[dict]]):
         self.labels = {cell: np.asarray(found[0]["labels"]) for cell, found in records.items()}
+        # `shares` are a selector's: who proposed each batch, `[seeds, rounds, rules]`.
         self.values = {
-            cell: {name: np.asarray([r[name] for r in found]) for name in ("accuracy", "brier", "ece", "balance")}
+            cell: {name: np.asarray([r[name] for r in found])
+                   for name in ("accuracy", "brier", "ece", "balance", "shares") if name in found[0]}
             for cell, found in records.items()
-        }
+        }  # fmt: skip
 
     def settings(self) -> list[tuple[str, str, int]]:
         """Embedding, condition and batch size of the cells, each once."""
@@ -230,6 +232,39 @@ def win_picture(names: list[str], total: np.ndarray, settings: int, path: Path, 
     figure.colorbar(shown, shrink=0.6, label=f"settings (of {settings}) in which the row beats the column")
     axis.set_title(title, fontsize=10)
     figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def share_picture(panels: dict[str, tuple[np.ndarray, np.ndarray]], rules: tuple[str, ...], path: Path) -> None:
+    """Which rules a selector follows along its runs: by title the labels `[rounds]` and shares `[rounds, rules]`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    wide = min(len(panels), 5)
+    high = -(-len(panels) // wide)
+    figure, axes = plt.subplots(high, wide, figsize=(2.7 * wide + 1.6, 2.4 * high + 0.4), squeeze=False, sharey=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    drawn = []
+    for axis, (title, (labels, shares)) in zip(axes.flat, panels.items(), strict=False):
+        step = labels[0]
+        low = np.zeros(len(labels))
+        drawn = []
+        for share in shares.T:
+            drawn.append(axis.bar(labels - step / 2, share, width=step, bottom=low))
+            low = low + share
+        axis.set_title(title, fontsize=8)
+        axis.set_xlim(0, labels[-1])
+        axis.set_ylim(0, 1)
+    for axis in axes[-1]:
+        axis.set_xlabel("labels bought", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("share of the runs", fontsize=8)
+    figure.legend(drawn, rules, loc="center right", frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1 - 1.4 / (2.7 * wide + 1.6), 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

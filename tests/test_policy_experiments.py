@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaal_jax import policies, tasks
+from metaal_jax import acquisition, models, policies, tasks
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "experiments"
 SMALL = {
@@ -163,6 +163,35 @@ def test_evaluation_beside_rules(scripts, meta_run, trained, tmp_path):
     again = {file for file, time in before.items() if file.stat().st_mtime_ns != time}
     assert len(again) == 1
     assert "policy.json" in again.pop().name
+
+
+def test_what_a_selector_follows(scripts, meta_run, tmp_path):
+    """Shares of its rules in each round, in results and pictures; rules that propose the same rows share a round."""
+    network = models.LinearNetwork(prior=policies.favoured(1, 5.0))
+    rules = ("random", "margin", "typical")
+    policy = policies.selector([acquisition.top_k(acquisition.random, k=1)] * 3, network, k=1)
+    place = str(tmp_path / "chooser" / "policy.json")
+    policies.save(place, network, policy.init(jax.random.key(0)), {"way": "by hand"}, rules=rules)
+    small = {"policies": place, "seeds": 3, "source": "digits", "target": "digits", "meta_run": meta_run}
+    scripts["evaluate_policy"].job(scripts["evaluate_policy"].Config(
+        **small, strategies="random", importance=False, batches="1,2", budget=4, pool=40, test=30, held_out=10,
+        out=str(tmp_path / "run"),
+    ))  # fmt: skip
+    result = json.loads((tmp_path / "run" / "results.json").read_text())
+    shares = {(r["batch"], r["rule"], r["labels"]): r["mean"] for r in result["rows"] if r["metric"] == "share_of_rule"}
+    assert set(shares) == {(k, rule, n) for k in (1, 2) for rule in rules for n in range(k, 5, k)}
+    for k, n in {(k, n) for k, _, n in shares}:
+        assert sum(shares[k, rule, n] for rule in rules) == pytest.approx(1.0, abs=2e-4)
+        assert shares[k, "margin", n] >= 0.5
+    assert (tmp_path / "run" / "results-chooser-rules.png").read_bytes().startswith(b"\x89PNG")
+
+    scripts["many_targets"].job(scripts["many_targets"].Config(
+        **small, targets="iris,digits", strategies="random,margin", out=str(tmp_path / "targets")))  # fmt: skip
+    result = json.loads((tmp_path / "targets" / "results.json").read_text())
+    shares = {(r["target"], r["rule"]): r["mean"] for r in result["rows"] if r["metric"] == "share_of_rule"}
+    assert set(shares) == {(target, rule) for target in ("iris", "digits") for rule in rules}
+    assert all(shares[target, "margin"] > 0.9 for target in ("iris", "digits"))
+    assert (tmp_path / "targets" / "results-chooser-rules.png").is_file()
 
 
 def test_many_targets(scripts, meta_run, tmp_path):
