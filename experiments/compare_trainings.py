@@ -6,10 +6,10 @@ Claim: none yet; no figures of it are committed.
     python experiments/compare_trainings.py --what joint --piece-steps 25 --meta-run runs/cifar10-mnist
 
 Problems, learner and trainers are those of `learn_policy.py`, with its defaults. Ways differ in nothing but the way,
-and have the same time to train, which is measured without compilation and validation (a validation takes longer than five
-steps with ridge regression, hence longer pieces). For `--what joint` the learner is
+and have the same time to train, which is measured without compilation and validation. For `--what joint` the learner is
 ridge regression on a linear map of the embedding, and gradients through the episode train the policy, the learner's
-meta-parameters, or both; then every policy is played with every learner. All are judged on the same held-out problems.
+meta-parameters, or both; then every policy is played with every learner. (A validation takes longer than five of these
+steps, hence longer pieces.) All are judged on the same held-out problems.
 """
 
 import dataclasses
