@@ -242,7 +242,7 @@ def linear_learners(config: Any, classes: int) -> tuple[Learner, Learner]:
 def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
     """`(key, problem, wrong) -> (Score [rounds], labels bought, shares [rounds, rules])`: one run, a pure function.
 
-    The last says which rules proposed the batch of each round, if the strategy is a selector; else there are no rules.
+    The last says which rules proposed the batch of each round, if the strategy is a selector; else it is `()`.
     """
     model = models.MLP(classes, hidden=(), zero_head=True)
     training: dict[str, Any] = {"optimizer": optax.adamw(config.rate, weight_decay=config.decay), "steps": config.steps}
@@ -261,17 +261,17 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
     )
     policy = make_policy(strategy, need, posterior)
 
-    def run(key: jax.Array, problem: Problem, wrong: jax.Array) -> tuple[Score, jax.Array, jax.Array]:
+    def run(key: jax.Array, problem: Problem, wrong: jax.Array) -> tuple[Score, jax.Array, PyTree]:
         init_key, begin_key, loop_key = jax.random.split(key, 3)
         active = active_learner(learner, policy, capacity=budget, wrong=wrong)
         meta = learner.init(init_key, problem.x)
         params = find(strategy).params(problem)
         state = active.init(begin_key, meta, params, problem)
 
-        def body(state: Any, round: jax.Array) -> tuple[Any, tuple[Score, jax.Array]]:
+        def body(state: Any, round: jax.Array) -> tuple[Any, tuple[Score, PyTree]]:
             state, info = active.step(jax.random.fold_in(loop_key, round), meta, params, state, problem)
             own = state.policy_state
-            return state, (info.test, own.last if isinstance(own, SelectorState) else jnp.zeros(0))
+            return state, (info.test, own.last if isinstance(own, SelectorState) else ())
 
         state, (test, shares) = jax.lax.scan(body, state, jnp.arange(budget // k))
         return test, problem.y[jnp.maximum(state.labelled_index, 0)], shares
@@ -285,7 +285,7 @@ def run_program(problems: dict, task: tuple[Any, Work], send: Any) -> None:
     one = make_run(config, classes, strategy, k, budget)
 
     @jax.jit
-    def run(keys: jax.Array, problems: Problem, wrong: jax.Array) -> tuple[Score, jax.Array, jax.Array]:
+    def run(keys: jax.Array, problems: Problem, wrong: jax.Array) -> tuple[Score, jax.Array, PyTree]:
         if config.seeds <= SEEDS_AT_ONCE:
             return jax.vmap(one, in_axes=(0, 0, None))(keys, problems, wrong)
         return jax.lax.map(lambda each: one(*each, wrong), (keys, problems), batch_size=SEEDS_AT_ONCE)
@@ -300,14 +300,14 @@ def run_program(problems: dict, task: tuple[Any, Work], send: Any) -> None:
         send(cell, (_records(cell, *found, k, classes), time.perf_counter() - begin))
 
 
-def _records(cell: Cell, test: Score, y: np.ndarray, shares: np.ndarray, k: int, classes: int) -> list[dict]:
+def _records(cell: Cell, test: Score, y: np.ndarray, shares: Any, k: int, classes: int) -> list[dict]:
     records = []
     for seed in range(y.shape[0]):
         share = np.bincount(y[seed], minlength=classes) / y.shape[1]
         balance = -(share[share > 0] * np.log(share[share > 0])).sum() / np.log(classes)
         curves = {name: [round_to(v) for v in getattr(test, name)[seed]] for name in ("accuracy", "brier", "ece")}
         labels = [k * (i + 1) for i in range(test.accuracy.shape[1])]
-        if shares.shape[-1]:
+        if len(shares):
             curves["shares"] = [[round_to(v) for v in row] for row in shares[seed]]
         records.append({**cell._asdict(), "seed": seed, "labels": labels, **curves, "balance": round_to(balance)})
     return records
