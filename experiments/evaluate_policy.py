@@ -147,7 +147,7 @@ def job(config: Config) -> None:
             panels = {f"batches of {cell.batch}": (table.labels[cell], table.values[cell]["shares"].mean(0))
                       for cell in table.labels if cell.strategy == name and "shares" in table.values[cell]}  # fmt: skip
             if panels:
-                share_picture(panels, rules_of(name), place.with_name(f"{place.stem}-{plain(name)}-rules.png"))
+                share_picture(panels, rules_followed(name), place.with_name(f"{place.stem}-{plain(name)}-rules.png"))
     for k in sorted({cell.batch for cell in table.labels}):
         some = [c for c in table.labels if c.batch == k and c.strategy not in scrambled]
         held, won = wins(part_of(table, some), config.budget, (EMBEDDING, CONDITION, k))
@@ -179,7 +179,7 @@ def short(name: str) -> str:
     return f"{LEARNED}{path.parent.name}" if name.startswith(LEARNED) and path.suffix else name
 
 
-def rules_of(name: str) -> tuple[str, ...]:
+def rules_followed(name: str) -> tuple[str, ...]:
     """The rules that a trained selector follows, in its order."""
     return policies.load(name.removeprefix(LEARNED)).rules
 
@@ -229,7 +229,7 @@ def compare(
                     if n % max(config.budget // 10, 1) == 0:
                         rows.extend({"strategy": name, **where, "metric": "share_of_rule", "rule": rule,
                                      "labels": int(n), "mean": round(float(share), 4)}
-                                    for rule, share in zip(rules_of(name), shares, strict=True))  # fmt: skip
+                                    for rule, share in zip(rules_followed(name), shares, strict=True))  # fmt: skip
             needed = {}
             for goal in (0.8, 0.9):
                 needed[goal] = np.median(labels_to(labels, accuracy, goal))

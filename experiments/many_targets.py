@@ -33,7 +33,7 @@ from tqdm import tqdm
 import meta_active
 import strategies
 from arms import make_embed, make_model, standardised, without_head
-from evaluate_policy import FREE, forget_changed, plain, rules_of, short, trained_names
+from evaluate_policy import FREE, forget_changed, plain, rules_followed, short, trained_names
 from metaal_jax import data, tasks
 from metaal_jax.base import Problem
 from metaal_jax.data.local import SPLITS
@@ -200,7 +200,7 @@ def job(config: Config) -> None:
     rows += [{"strategy": name, "source": config.source, "target": target, "metric": "share_of_rule", "rule": rule,
               "mean": round(float(share), 4)}
              for name, panels in followed.items() for target, (_, shares) in panels.items()
-             for rule, share in zip(rules_of(name), shares.mean(0), strict=True)]  # fmt: skip
+             for rule, share in zip(rules_followed(name), shares.mean(0), strict=True)]  # fmt: skip
     (folder.path / "table.txt").write_text(text + "\n")
     for place in (folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])):
         write_results(place, command=command(), environment=environment(), seconds=folder.seconds(),
@@ -208,7 +208,7 @@ def job(config: Config) -> None:
         picture(area, names, trained, rules, place.with_suffix(".png"))
         for name, panels in followed.items():
             if panels:
-                share_picture(panels, rules_of(name), place.with_name(f"{place.stem}-{plain(name)}-rules.png"))
+                share_picture(panels, rules_followed(name), place.with_name(f"{place.stem}-{plain(name)}-rules.png"))
     print(text)
     print(f"\nrun folder: {folder.path}")
 

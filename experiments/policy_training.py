@@ -111,7 +111,7 @@ class Way(NamedTuple):
 WAYS = {
     "evolution": Way("evolution strategies: the parameters are varied, whole episodes compared", _evolution),
     "reinforce": Way("policy gradient, other episodes of the same problem as baseline", _reinforce),
-    # Sixteen updates a step, from the same episodes, go too far at the others' rate: half of all ratios are clipped.
+    # Sixteen updates a step, from the same episodes, want smaller ones.
     "ppo": Way("clipped policy gradient with a learned value", _ppo, rate=0.2),
     "regression": Way("what a label is worth, measured by refitting, as a regression (LAL)", _supervised),
     "imitation": Way("the greedy oracle imitated, with data aggregation", _supervised),

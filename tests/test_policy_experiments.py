@@ -138,7 +138,7 @@ def test_evaluation_beside_rules(scripts, meta_run, trained, tmp_path):
     place = str(shutil.copy(trained / "policy.json", tmp_path / "policy.json"))
     config = script.Config(
         policies=place, strategies="random,margin,oracle", importance=False, batches="1,2", budget=4, pool=40,
-        test=30, held_out=10, seeds=3, source="digits", target="digits", meta_run=meta_run, out=str(tmp_path / "run"),
+        test=30, held_out=10, seeds=9, source="digits", target="digits", meta_run=meta_run, out=str(tmp_path / "run"),
         save_results=str(tmp_path / "saved" / "result.json"),
     )  # fmt: skip
     script.job(config)
@@ -153,7 +153,7 @@ def test_evaluation_beside_rules(scripts, meta_run, trained, tmp_path):
     both = {(r["b"]["strategy"], r["batch"]): r["difference"] for r in result["paired"]}
     np.testing.assert_allclose(both["margin", 1], areas[name, 1] - areas["margin", 1], atol=3e-5)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(records) == 4 * 2 * 3
+    assert len(records) == 4 * 2 * 9  # more seeds than run at once, as in the reported runs
 
     # Another policy of this name is run again, and rules are not.
     saved = policies.load(place)
