@@ -33,11 +33,13 @@ from metaal_jax.policies import features
 from paired import finite, holm, labels_to, numbers, paired_p, shown
 from registry import ADAPTIVE, LEARNED, STRATEGIES
 from report import write_results
-from runs import RunFolder, UsageError, arguments, command, environment, main, write
+from runs import RunFolder, UsageError, arguments, command, environment, main, names, write
 from strategy_report import Cell, Table, share_picture, win_picture, wins
 
 # What a run was of may grow and shrink: a cell depends on its own strategy alone.
-FREE = frozenset({"out", "resume", "data_dir", "save_results", "policies", "strategies", "importance", "batches"})
+FREE = frozenset(
+    {"out", "resume", "data_dir", "save_results", "policies", "strategies", "without", "importance", "batches"}
+)
 EMBEDDING, CONDITION = "meta", "plain"
 BOUNDS = ("random", "oracle")
 
@@ -50,6 +52,8 @@ class Config:
     """Comma-separated: names of policies that come with the package, or paths of saved ones."""
     strategies: str = "all"
     """Comma-separated rules beside them, or all."""
+    without: str = ""
+    """Comma-separated rules to leave out of all of them, such as those that cost much with single rows."""
     importance: bool = True
     """Also run the first policy with each feature in a random order."""
     batches: str = "10"
@@ -96,8 +100,11 @@ def cells_of(config: Config) -> tuple[strategies.Config, list[str], list[str]]:
     """The comparison as one of `strategies.py`; the policies' names there, and those with a scrambled feature."""
     trained = trained_names(config.policies)
     scrambled = [f"{trained[0]}~{feature}" for feature in features.ROWS] if config.importance else []
-    rules = list(STRATEGIES) if config.strategies == "all" else config.strategies.split(",")
-    rules += [] if config.strategies != "all" else list(ADAPTIVE)
+    rules = [*STRATEGIES, *ADAPTIVE]
+    if config.strategies != "all":
+        rules = [part.strip() for part in config.strategies.split(",")]
+    left_out = names(config.without, rules, "rule to leave out") if config.without else ()
+    rules = [name for name in rules if name not in left_out]
     try:
         batches = [int(part) for part in config.batches.split(",")]
     except ValueError:

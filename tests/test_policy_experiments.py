@@ -159,7 +159,9 @@ def test_evaluation_beside_rules(scripts, meta_run, trained, tmp_path):
     saved = policies.load(place)
     policies.save(place, saved.network, jax.tree.map(lambda leaf: -leaf, saved.params), saved.about)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "steps").iterdir()}
-    script.job(dataclasses.replace(config, strategies="random,margin", batches="2", resume=True))
+    script.job(dataclasses.replace(config, without="oracle", batches="2", resume=True))
+    left = json.loads((tmp_path / "saved" / "result.json").read_text())["rows"]
+    assert {row["strategy"] for row in left} == {name, "random", "margin"}
     again = {file for file, time in before.items() if file.stat().st_mtime_ns != time}
     assert len(again) == 1
     assert "policy.json" in again.pop().name
@@ -240,6 +242,7 @@ MISTAKES = {
     "no rows of its own": ("many_targets", {"strategies": "random,oracle"}, "the oracle needs rows of its own"),
     "two targets": ("many_targets", {"targets": "iris,iris"}, "is empty or names one twice"),
     "one rule": ("many_targets", {"targets": "iris", "strategies": "margin"}, "must hold random and a rule"),
+    "left out": ("evaluate_policy", {"policies": "cifar10", "without": "margn"}, "unknown rule to leave out .margn."),
     "batches": ("evaluate_policy", {"policies": "cifar10", "batches": "1,0"}, "must be different numbers from 2 on"),
 }  # fmt: skip
 
