@@ -287,7 +287,8 @@ def picture(config: Config, table: Table, trained: list[str], scrambled: list[st
         rules = sorted((n for n in names if n not in trained and n != "oracle"),
                        key=lambda n: -table.area(cell(n), config.budget).mean())  # fmt: skip
         base = table.values[cell(rules[0])]["accuracy"]
-        for name in [*trained, *rules[1:4], *(n for n in ("oracle",) if n in names)]:
+        near = [name for name in rules[1:4] if name != "random"]  # so far below that it hides the rest
+        for name in [*trained, *near, *(n for n in ("oracle",) if n in names)]:
             found = [interval(column) for column in 100 * (table.values[cell(name)]["accuracy"] - base).T]
             axis.plot(table.labels[cell(name)], [f.mean for f in found], label=short(name))
             axis.fill_between(table.labels[cell(name)], [f.low for f in found], [f.high for f in found], alpha=0.12,
