@@ -3,13 +3,12 @@
 Claim: at equal time evolution strategies train a better policy than every other way, and only they pass the best rule.
 
     python experiments/compare_trainings.py --meta-run runs/cifar10-mnist                # every way, 5 minutes each
-    python experiments/compare_trainings.py --what joint --piece-steps 25 --meta-run runs/cifar10-mnist
+    python experiments/compare_trainings.py --what joint --meta-run runs/cifar10-mnist
 
 Problems, learner and trainers are those of `learn_policy.py`, with its defaults. Ways differ in nothing but the way,
 and have the same time to train, which is measured without compilation and validation. For `--what joint` the learner is
 ridge regression on a linear map of the embedding, and gradients through the episode train the policy, the learner's
-meta-parameters, or both; then every policy is played with every learner. (A validation takes longer than five of these
-steps, hence longer pieces.) All are judged on the same held-out problems.
+meta-parameters, or both; then every policy is played with every learner. All are judged on the same held-out problems.
 """
 
 import dataclasses
@@ -61,7 +60,9 @@ class Config:
     pieces: int = 1000
     """Most pieces of each training, each followed by a validation."""
     piece_steps: int = 5
-    """Steps of the trainer in a piece."""
+    """Steps of the trainer, repeated until a piece has lasted long enough."""
+    piece_seconds: float = 30.0
+    """Least time of a piece, so that every training has as many checkpoints to choose from."""
     runs: int = 1
     """Trainings of each, with keys of their own."""
     kinds: str = "10:600:10:100"
@@ -72,7 +73,7 @@ class Config:
     """Most test rows of a problem."""
     held_out: int = 100
     """Its validation rows, which imitation, regression and classification measure labels by."""
-    validation_problems: int = 40
+    validation_problems: int = 80
     """Problems that choose the checkpoint."""
     report_problems: int = 200
     """Held-out problems that are reported."""

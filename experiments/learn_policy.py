@@ -92,6 +92,8 @@ class Config:
     """Most pieces of the training, each followed by a validation and a checkpoint."""
     piece_steps: int = 5
     """Steps of the trainer in a piece, each one of every kind of problems."""
+    piece_seconds: float = 0.0
+    """Least time of a piece, whose steps are repeated until then. Its end is then a matter of time as well."""
 
     kinds: str = "10:600:10:100,30:360:10:100,3:150:5:50,10:600:1:100"
     """Comma-separated kinds of problems: classes:rows of the pool:rows asked for in a round:labels of an episode."""
@@ -128,10 +130,13 @@ class Config:
     """Of evolution's noise on the parameters."""
     policy_rate: float = 0.05
     """Learning rate of the policy (Adam); row and set take a tenth of it, ppo a fifth."""
-    anchors: int = 200
-    """Rows that stand for the pool in training."""
-    candidates: int = 48
-    """Rows a round that imitation, regression and classification try and that policy gradients choose from."""
+    anchors: int = 600
+    """Rows that stand for the pool in training. A policy is used with 1,000: fewer than the pool has make its first
+    choices worse ones, and what is learned from them is not what is wanted later."""
+    candidates: int = 200
+    """Rows a round that reinforce, ppo and pathwise choose from."""
+    tried: int = 48
+    """Rows a round that imitation, regression and classification try."""
     learner: Annotated[str, tyro.conf.arg(help=choices(LEARNERS))] = "linear"
     train: Annotated[str, tyro.conf.arg(help="What the way pathwise trains. " + choices(TRAINED))] = "policy"
     learner_rate: float = 3e-3
@@ -181,8 +186,9 @@ def check(config: Config) -> None:
     strengths_of(config)
     moving_of(config)
     largest = max(kind.batch for kind in kinds_of(config.kinds))
-    if config.candidates < largest:
-        raise UsageError(f"--candidates {config.candidates} are fewer than a batch of {largest}")
+    for option in ("candidates", "tried"):
+        if getattr(config, option) < largest:
+            raise UsageError(f"--{option} {getattr(config, option)} are fewer than a batch of {largest}")
     for option in ("rules", "arms"):
         rules_of(config, option)
     if config.policy == "selector" and config.way not in ("evolution", "reinforce", "ppo"):

@@ -49,25 +49,26 @@ def _evolution(config: Any, kind: Kind, network: Any, common: dict[str, Any]) ->
                               deviation=config.deviation, **common)  # fmt: skip
 
 
-def _drawing(config: Any, kind: Kind, network: Any) -> Policy:
-    """The policy with batches drawn by its probabilities."""
-    options = {} if config.policy == "selector" else {"candidates": config.candidates}
+def _drawing(config: Any, kind: Kind, network: Any, candidates: int) -> Policy:
+    """The policy with batches drawn by its probabilities, among that many rows a round."""
+    options = {} if config.policy == "selector" else {"candidates": candidates}
     return make_chooser(config, kind, network, anchors=config.anchors, sample=True, **options)
 
 
 def _reinforce(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> policies.PolicyTrainer:
-    return policies.reinforce(policy=_drawing(config, kind, network), problems=config.problems,
-                              rollouts=config.episodes, **common)  # fmt: skip
+    return policies.reinforce(policy=_drawing(config, kind, network, config.candidates),
+                              problems=config.problems, rollouts=config.episodes, **common)  # fmt: skip
 
 
 def _ppo(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> policies.PolicyTrainer:
     episodes = max(config.problems * config.episodes // 4, 1)
     parts = math.gcd(4, episodes * (kind.budget // kind.batch))
-    return policies.ppo(policy=_drawing(config, kind, network), episodes=episodes, minibatches=parts, **common)
+    return policies.ppo(policy=_drawing(config, kind, network, config.candidates), episodes=episodes,
+                        minibatches=parts, **common)  # fmt: skip
 
 
 def _supervised(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> policies.PolicyTrainer:
-    return policies.supervised(policy=_drawing(config, kind, network), target=config.way,
+    return policies.supervised(policy=_drawing(config, kind, network, config.tried), target=config.way,
                                refit=learners_of(config, kind.ways)[1], episodes=config.problems,
                                expert_steps=config.piece_steps // 2, **common)  # fmt: skip
 
@@ -78,10 +79,12 @@ def _pathwise(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> 
         groups = {"policy": common["optimizer"] if config.train == "both" else optax.set_to_zero(),
                   "learner": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learner_rate))}  # fmt: skip
         common = {**common, "optimizer": optax.partition(groups, ("policy", "learner"))}
-    # A linear layer that Adam trains says little of what a label is worth by its derivative: see `pathwise`.
-    refit = None if config.learner == "ridge" else _with_own_start(ridge_learner(config, kind.ways))
-    return policies.pathwise(policy=_drawing(config, kind, network), problems=config.problems, joint=joint, refit=refit,
-                             **common)  # fmt: skip
+    # A linear layer that Adam trains says little of what a label is worth by its derivative, and a learner that has
+    # been trained to be sure of itself less than before: see `pathwise`.
+    own = config.learner == "ridge" and config.train != "both"
+    refit = None if own else _with_own_start(ridge_learner(config, kind.ways))
+    return policies.pathwise(policy=_drawing(config, kind, network, config.candidates), problems=config.problems,
+                             joint=joint, refit=refit, **common)  # fmt: skip
 
 
 def _with_own_start(learner: Learner) -> Learner:
@@ -101,22 +104,27 @@ class Way(NamedTuple):
       line: what it does, for `--help`.
       make: `(config, kind, network, what all trainers take) -> trainer`.
       rate: factor of the learning rate.
+      sharpness: factor of the scores that training begins with. What is learned from draws is how to draw; what is used
+        are the rows with the best scores. Sharp scores draw little else.
     """
 
     line: str
     make: Callable[..., policies.PolicyTrainer]
     rate: float = 1.0
+    sharpness: float = 1.0
 
 
 WAYS = {
     "evolution": Way("evolution strategies: the parameters are varied, whole episodes compared", _evolution),
-    "reinforce": Way("policy gradient, other episodes of the same problem as baseline", _reinforce),
+    "reinforce": Way("policy gradient, other episodes of the same problem as baseline", _reinforce, sharpness=4.0),
     # Sixteen updates a step, from the same episodes, want smaller ones.
-    "ppo": Way("clipped policy gradient with a learned value", _ppo, rate=0.2),
+    "ppo": Way("clipped policy gradient with a learned value", _ppo, rate=0.2, sharpness=4.0),
     "regression": Way("what a label is worth, measured by refitting, as a regression (LAL)", _supervised),
     "imitation": Way("the greedy oracle imitated, with data aggregation", _supervised),
     "classification": Way("whether a row's label helps, as a classifier", _supervised),
-    "pathwise": Way("gradients through a relaxed choice, the learner's adaptation and the loss", _pathwise),
+    "pathwise": Way(
+        "gradients through a relaxed choice, the learner's adaptation and the loss", _pathwise, rate=0.2, sharpness=4.0
+    ),
 }
 
 
@@ -138,7 +146,7 @@ def moving_of(config: Any) -> tuple[str, ...]:
 
 def make_network(config: Any) -> Any:
     """The network that scores rows, or a selector's rules, before training."""
-    prior = policies.prior(uncertain_cover=config.start)
+    prior = policies.prior(uncertain_cover=config.start * WAYS[config.way].sharpness)
     if config.policy in ("row", "set"):
         return {"row": models.RowNetwork, "set": models.SetNetwork}[config.policy](prior=prior)
     moving = tuple(features.SITUATION.index(name) for name in moving_of(config))
@@ -277,16 +285,18 @@ def train(config: Any, folder: RunFolder, network: Any, forms: tuple) -> Trained
     loaded = 0
     for piece in tqdm(range(1, config.pieces + 1), desc=f"{config.way}"):
 
-        def compute(piece: int = piece, before: float = records[-1]["seconds"]) -> list[dict]:
+        def compute(piece: int = piece, last: dict = records[-1]) -> list[dict]:
             nonlocal state, loaded
             if loaded != piece - 1:
                 state = jax.device_put(checkpoint.restore(path(piece - 1, "state"), shape))
-            start = time.perf_counter()
-            state, metrics = jax.block_until_ready(run(run_key, state, data))
-            seconds = before + time.perf_counter() - start
+            start, steps, seconds = time.perf_counter(), 0, 0.0
+            while steps == 0 or seconds < config.piece_seconds:
+                state, metrics = jax.block_until_ready(run(run_key, state, data))
+                steps += config.piece_steps
+                seconds = time.perf_counter() - start
             loaded = piece
             keep(piece)
-            return [{"series": "train", "at": piece * config.piece_steps, "seconds": round(seconds, 1),
+            return [{"series": "train", "at": last["at"] + steps, "seconds": round(last["seconds"] + seconds, 1),
                      **validated(state),
                      **{name: round_to(values.mean()) for name, values in metrics.items()}}]  # fmt: skip
 

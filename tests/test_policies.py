@@ -643,6 +643,22 @@ def test_pathwise_trains_learner_and_policy_together(key):
     assert metrics["area"][-1] > metrics["area"][0]
 
 
+def test_jointly_each_follows_its_own_judge(key):
+    """With `refit` and `joint` a step is the policy's alone under `refit` and the learner's own, both as without."""
+    network = NETWORKS["row"]
+    policy = policies.learned(network, k=1, sample=True)
+    other = TOY._replace(adapt=lambda key, meta, *args, **options: TOY.adapt(key, meta - 0.5, *args, **options))
+    options = {"problems": 4, "optimizer": optax.sgd(0.1), "budget": 4}
+    step = lambda **more: train(policies.pathwise(TOY, policy, toy_problem, **options, **more), key, 1)[0]  # noqa: E731
+    together, alone, plain = step(joint=True, refit=other), step(refit=other), step(joint=True)
+    chex.assert_trees_all_close(together.params, alone.params, rtol=1e-5)
+    chex.assert_trees_all_close(together.meta, plain.meta, rtol=1e-5)
+    before = policy.init(key)
+    moved = lambda state: optax.tree.norm(optax.tree.sub(state.params, plain.params))  # noqa: E731
+    assert moved(alone) > 1e-4
+    assert optax.tree.norm(optax.tree.sub(alone.params, before)) > 1e-4
+
+
 class TestSelector:
     rules = (acquisition.top_k(acquisition.entropy, k=2), acquisition.top_k(acquisition.least_confident, k=2),
              acquisition.top_k(acquisition.random, k=2))  # fmt: skip

@@ -98,7 +98,8 @@ def test_every_way_makes_a_step(scripts, policy):
     x, y = np.zeros((120, 7), np.float32), np.repeat([0, 1, 2], 40)
     forms = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tasks.class_data(x, y))
     for way in ("evolution", "reinforce", "ppo") if policy == "selector" else script.WAYS:
-        config = script.Config(**{**SMALL, "candidates": 6, "way": way, "policy": policy, "arms": "random,max_herding"})
+        config = script.Config(**{**SMALL, "candidates": 6, "tried": 6, "way": way, "policy": policy,
+                                  "arms": "random,max_herding"})  # fmt: skip
         trainer = training.make_trainers(config, training.make_network(config))
         state = jax.eval_shape(trainer.init, jax.random.key(0), training.first_metas(config, forms), (forms, forms))
         after, metrics = jax.eval_shape(trainer.step, jax.random.key(0), state, (forms, forms))

@@ -131,13 +131,16 @@ def pathwise(
       problems: episodes of each step.
       temperature: of the relaxed choice, > 0, or a schedule `(step) -> temperature`.
       estimator: `"relaxed"` adapts to soft choices, the others to the hard ones, see `relaxed_batch`.
-      refit: the learner whose adaptation is differentiated, for the same meta-parameters, smooth in the weights of its
-        rows; None for `learner` itself. (Of optax's Adam the derivative is NaN without `eps_root`.)
-      joint: train the learner's meta-parameters with the policy's.
+      refit: the learner whose adaptation is differentiated in the policy's parameters, for the same meta-parameters,
+        smooth in the weights of its rows; None for `learner` itself. (Of optax's Adam the derivative is NaN without
+        `eps_root`.)
+      joint: train the learner's meta-parameters with the policy's. With `refit` they follow the learner's own loss, and
+        the policy that of `refit`. A learner that training makes sure of itself has a loss far from linear in the
+        weights of its rows, and its derivative says less and less of what a choice is worth.
       chunk: problems side by side; None for all.
 
     Returns:
-      A `PolicyTrainer`; metrics `loss`, `area`, `grad_norm`.
+      A `PolicyTrainer`; metrics `loss` (with `refit` and `joint` the sum of both), `area`, `grad_norm`.
 
     Raises:
       ValueError: for a policy without `observe`, a budget that is no multiple of `k`, an unknown estimator, a
@@ -150,7 +153,6 @@ def pathwise(
     check_counts("pathwise", problems=problems)
     if estimator not in get_args(Estimator):
         raise ValueError(f"pathwise: estimator must be one of {get_args(Estimator)}, got {estimator!r}")
-    judging = learner if refit is None else refit
     check_scores("pathwise", policy)
     if not callable(temperature):
         require(temperature > 0, f"pathwise: temperature must be > 0, got {temperature}")
@@ -188,14 +190,20 @@ def pathwise(
             )
             weights = given + jnp.cumsum(bought + chosen - lax.stop_gradient(chosen), axis=0)
 
-        @jax.checkpoint
-        def judged(weight: Array) -> Array:
-            batch = Batch(x=problem.x, y=y, weight=weight)
-            adapted = judging.adapt(key, meta, batch, unlabelled=problem.x)
-            log_probs = consensus(judging.predict(adapted, problem.test.x).logits)
-            return cross_entropy(log_probs, problem.test.y, problem.test.weight)
+        def judged(judge: Learner, meta: PyTree, weights: Array) -> Array:
+            @jax.checkpoint
+            def after(weight: Array) -> Array:
+                batch = Batch(x=problem.x, y=y, weight=weight)
+                adapted = judge.adapt(key, meta, batch, unlabelled=problem.x)
+                log_probs = consensus(judge.predict(adapted, problem.test.x).logits)
+                return cross_entropy(log_probs, problem.test.y, problem.test.weight)
 
-        return lax.map(judged, weights).mean()
+            return lax.map(after, weights).mean()
+
+        if refit is None:
+            return judged(learner, meta, weights)
+        loss = judged(refit, lax.stop_gradient(meta), weights)
+        return loss + judged(learner, meta, lax.stop_gradient(weights)) if joint else loss
 
     def learn(key: Array, state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
         heat = temperature(state.step) if callable(temperature) else jnp.asarray(temperature, jnp.float32)
