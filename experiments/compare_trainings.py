@@ -1,7 +1,8 @@
 """Ways to train a policy at equal time; and learner and policy trained together, against each alone.
 
-Claim: at equal time evolution strategies and REINFORCE train better policies than every other way, and only theirs pass
-the best rule; learner and policy trained at once are better than either trained alone.
+Claim: at equal time evolution strategies and REINFORCE train better policies than every other way, and only theirs are
+shown to pass the best rule; learner and policy trained at once are better than either trained alone. (One training
+each; the settings of pathwise were chosen by trials on the source.)
 
     python experiments/compare_trainings.py --meta-run runs/cifar10-mnist                # every way, 5 minutes each
     python experiments/compare_trainings.py --what joint --meta-run runs/cifar10-mnist

@@ -80,7 +80,8 @@ class Config:
     arms: str = "random,margin,badge,typical,max_herding"
     """Comma-separated rules that a selector chooses among; max_herding, which it begins with, among them."""
     start: float = 1.0
-    """Factor of the feature uncertain_cover with which scores begin; of a selector, the head start of max_herding."""
+    """Factor of the feature uncertain_cover with which scores begin, four times that for reinforce, ppo and pathwise,
+    whose draws are then near the best rows; of a selector, the head start of max_herding, the same for all ways."""
     situation: str = "labels,margin"
     """Comma-separated features of the situation that a linear policy's factors move with."""
     plan: int = 10
@@ -129,10 +130,10 @@ class Config:
     deviation: float = 0.15
     """Of evolution's noise on the parameters."""
     policy_rate: float = 0.05
-    """Learning rate of the policy (Adam); row and set take a tenth of it, ppo a fifth."""
-    anchors: int = 600
-    """Rows that stand for the pool in training. A policy is used with 1,000: fewer than the pool has make its first
-    choices worse ones, and what is learned from them is not what is wanted later."""
+    """Learning rate of the policy (Adam); row and set take a tenth of it, ppo and pathwise a fifth."""
+    anchors: int = 1000
+    """Rows that stand for the pool in training, at most all of it; by default as many as in use. With fewer the same
+    parameters choose worse, and training is for another policy than the one that is used."""
     candidates: int = 200
     """Rows a round that reinforce, ppo and pathwise choose from."""
     tried: int = 48

@@ -79,8 +79,8 @@ def _pathwise(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> 
         groups = {"policy": common["optimizer"] if config.train == "both" else optax.set_to_zero(),
                   "learner": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learner_rate))}  # fmt: skip
         common = {**common, "optimizer": optax.partition(groups, ("policy", "learner"))}
-    # A linear layer that Adam trains says little of what a label is worth by its derivative, and a learner that has
-    # been trained to be sure of itself less than before: see `pathwise`.
+    # A linear layer that Adam trains says little of what a label is worth by its derivative. A learner that is trained
+    # as well may say less and less: see `pathwise`.
     own = config.learner == "ridge" and config.train != "both"
     refit = None if own else _with_own_start(ridge_learner(config, kind.ways))
     return policies.pathwise(policy=_drawing(config, kind, network, config.candidates), problems=config.problems,
@@ -104,8 +104,8 @@ class Way(NamedTuple):
       line: what it does, for `--help`.
       make: `(config, kind, network, what all trainers take) -> trainer`.
       rate: factor of the learning rate.
-      sharpness: factor of the scores that training begins with. What is learned from draws is how to draw; what is used
-        are the rows with the best scores. Sharp scores draw little else.
+      sharpness: factor of the scores of rows that training begins with. What is learned from draws is how to draw; what
+        is used are the rows with the best scores. Sharp scores draw little else. A selector's scores have none.
     """
 
     line: str

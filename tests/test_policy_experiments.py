@@ -114,9 +114,16 @@ def test_trainings_compared(scripts, meta_run, tmp_path, what):
     arms = "evolution,pathwise" if what == "ways" else "policy,both"
     script.job(script.Config(
         what=what, trainings=arms, kinds="2:40:2:4", parts=1, test=20, held_out=10, minutes=1e-4, pieces=1,
-        piece_steps=1, runs=2, validation_problems=2, report_problems=3, source="digits", target="digits",
-        meta_run=meta_run, out=str(tmp_path / "run"),
+        piece_steps=1, piece_seconds=0.2, runs=2, validation_problems=2, report_problems=3, source="digits",
+        target="digits", meta_run=meta_run, out=str(tmp_path / "run"),
     ))  # fmt: skip
+    for arm in arms.split(","):
+        lines = (tmp_path / "run" / f"{arm}-0" / "metrics.jsonl").read_text().splitlines()
+        first, last = (line for line in map(json.loads, lines) if line["series"] == "train")
+        # One piece, whose only step is repeated until the time is over.
+        assert (first["at"], first["seconds"]) == (0, 0.0)
+        assert last["at"] > 1
+        assert last["seconds"] >= 0.2
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     learners = ("start",) if what == "ways" else ("start", "both")

@@ -135,8 +135,8 @@ def pathwise(
         smooth in the weights of its rows; None for `learner` itself. (Of optax's Adam the derivative is NaN without
         `eps_root`.)
       joint: train the learner's meta-parameters with the policy's. With `refit` they follow the learner's own loss, and
-        the policy that of `refit`. A learner that training makes sure of itself has a loss far from linear in the
-        weights of its rows, and its derivative says less and less of what a choice is worth.
+        the policy that of `refit`: the learner's own derivative in the weights of its rows may become a worse guess of
+        what a choice is worth as training makes it surer of itself.
       chunk: problems side by side; None for all.
 
     Returns:
