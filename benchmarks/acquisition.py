@@ -131,7 +131,7 @@ def as_numpy(view: PoolView, k: int) -> Pool:
 def decide(policy: Policy) -> Callable[[PyTree, Array, PoolView], Decision]:
     def run(params: PyTree, key: Array, view: PoolView) -> Decision:
         begin_key, act_key = jax.random.split(key)
-        return policy.act(params, policy.begin(params, begin_key, view), act_key, view)[0]
+        return policy.act(act_key, params, policy.begin(begin_key, params, view), view)[0]
 
     return run
 

@@ -100,7 +100,7 @@ def make_outer(
 ) -> OuterLoop:
     """The outer loop on a network with batch norm; `inner` are options of `learners.maml`."""
     model = ml.models.Conv4(WAYS, filters=filters, norm="batch", implementation=implementation)
-    learner = ml.learners.maml(model, inner=optax.sgd(RATE), steps=steps or config.steps, **inner)
+    learner = ml.learners.maml(model, optimizer=optax.sgd(RATE), steps=steps or config.steps, **inner)
     optimizer = optax.adam(OUTER_RATE, b1=DECAY)
     return ml.outer_loop(learner, SAMPLER, optimizer=optimizer, tasks=config.tasks, chunk=chunk, axis_name=axis_name)
 

@@ -76,15 +76,15 @@ def make_view(rows: int) -> PoolView:
 
 def decide(policy: Policy, params: Any, state: Any, key: Array, view: PoolView) -> tuple[Decision, Any]:
     """A decision and what changes of the state; the geometry, which does not, is passed on in a loop and not copied."""
-    decision, state = policy.act(params, state, key, view)
+    decision, state = policy.act(key, params, state, view)
     return decision, state.memory
 
 
 def check_scores(saved: Any, policy: Any, state: Any, view: PoolView) -> None:
     """The decision's scores are the network's answer to the features, and its first row has the highest."""
     key = jax.random.key(1)
-    seen = jax.device_get(jax.jit(policy.observe)(state, key, view))
-    decision = jax.device_get(jax.jit(policy.act)(saved.params, state, key, view)[0])
+    seen = jax.device_get(jax.jit(policy.train.observe)(key, state, view))
+    decision = jax.device_get(jax.jit(policy.act)(key, saved.params, state, view)[0])
     weights = saved.params["params"]
     factors = np.asarray(weights["factors"], np.float64)
     if "moves" in weights:
@@ -107,19 +107,19 @@ def decisions(config: Config) -> dict[str, Candidate]:
     found: dict[str, Candidate] = {}
     for k in (1, 10):
         policy = ml.policies.learned(saved.network, k=k)
-        state = jax.jit(policy.begin)(saved.params, key, view)
+        state = jax.jit(policy.begin)(key, saved.params, view)
         state = state._replace(memory=features.remember(state.memory, view))
         if k == 1:
             check_scores(saved, policy, state, view)
-            found["begin"] = harness.compiled(policy.begin, saved.params, key, view, work=config.rows)
+            found["begin"] = harness.compiled(policy.begin, key, saved.params, view, work=config.rows)
         found[f"decision, {k}"] = harness.compiled(
             functools.partial(decide, policy), saved.params, state, key, view, work=config.rows
         )
     for name, rule in (("max_herding", ml.acquisition.max_herding(k=10)),
                        ("margin", ml.acquisition.top_k(ml.acquisition.margin, k=10))):  # fmt: skip
-        state = jax.jit(rule.begin)((), key, view)
+        state = jax.jit(rule.begin)(key, (), view)
         found[f"{name}, 10"] = harness.compiled(
-            lambda s, k, v, rule=rule: rule.act((), s, k, v), state, key, view, work=config.rows
+            lambda s, k, v, rule=rule: rule.act(k, (), s, v), state, key, view, work=config.rows
         )
     model = ml.models.Conv4(CLASSES)
     learner = ml.learners.fine_tune(model, optimizer=optax.sgd(0.1), steps=0)

@@ -82,7 +82,7 @@ def without_head(model: nn.Module, meta: PyTree, x: PyTree) -> PyTree:
 
 def make_embed(model: nn.Module, chunk: int) -> Callable[[PyTree, PyTree], Array]:
     """`(meta, x) -> embedding [n, d]` by a network's body, `chunk` rows at a time."""
-    body = learners.maml(model, inner=optax.identity(), steps=0)
+    body = learners.maml(model, optimizer=optax.identity(), steps=0)
     return lambda meta, x: predict_pool(body, meta, x, chunk=chunk).embedding[0]
 
 

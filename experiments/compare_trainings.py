@@ -207,7 +207,7 @@ def judge(
         found = []
         for player in tqdm(players(config, arms, networks, trained, forms), desc="report"):
             play = areas(arm, kind, player.chooser)
-            accuracy = play(key, player.params, player.meta, forms[2], config.report_problems)
+            accuracy = play(key, player.meta, player.params, forms[2], config.report_problems)
             who = {"series": player.policy, "learner": player.learner, "run": run}
             found += [{**who, "problem": i, "accuracy": [round_to(v) for v in row]}
                       for i, row in enumerate(np.asarray(accuracy))]  # fmt: skip

@@ -300,7 +300,7 @@ def job(config: Config) -> None:
         model = make_model(preset, config.ways)
         tester = make_learner(config.learner, model, preset, testing=True)
         draw = [
-            tasks.supervised(rows=preset.train_queries, rotations=part.rotations)
+            tasks.minibatches(rows=preset.train_queries, rotations=part.rotations)
             if supervised
             else tasks.few_shot(ways=ways, shots=shots, queries=preset.train_queries, rotations=part.rotations)
             for part in parts

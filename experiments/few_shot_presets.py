@@ -158,7 +158,7 @@ def make_learner(name: str, model: nn.Module, preset: Preset, *, testing: bool) 
     """A learner by name, as it is meta-trained or as it adapts to test tasks."""
     steps = preset.eval_steps if testing else preset.inner_steps
     common: dict[str, Any] = {"statistics": preset.statistics}
-    sgd = {"inner": optax.sgd(preset.inner_rate), "steps": steps, "unroll": True, **common}
+    sgd = {"optimizer": optax.sgd(preset.inner_rate), "steps": steps, "unroll": True, **common}
     if name in ("maml", "fomaml"):
         return learners.maml(model, first_order=name == "fomaml", **sgd)
     if name == "anil":
@@ -175,11 +175,11 @@ def make_learner(name: str, model: nn.Module, preset: Preset, *, testing: bool) 
         # plain gradient descent; likely because its first steps have one size in all directions, noise as well.
         inner = optax.sgd(preset.inner_rate)
         # The papers' test tasks are learned in mini-batches of as many rows as there are.
-        return learners.reptile(model, inner=inner, steps=steps, minibatch=None if testing else preset.minibatch,
+        return learners.reptile(model, optimizer=inner, steps=steps, minibatch=None if testing else preset.minibatch,
                                 **common)  # fmt: skip
     if name == "implicit_maml":
         return learners.implicit_maml(
-            model, inner=optax.sgd(preset.inner_rate), steps=steps, proximal=preset.proximal,
+            model, optimizer=optax.sgd(preset.inner_rate), steps=steps, proximal=preset.proximal,
             solver_steps=preset.solver_steps, damping=preset.damping, **common,
         )  # fmt: skip
     if name == "protonet":

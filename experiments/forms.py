@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from arms import make_embed, make_model, standardised, without_head
-from metaal_jax import exemplars, tasks
+from metaal_jax import tasks
 from metaal_jax.base import Problem, PyTree
 from runs import RunFolder, UsageError
 from strategies import main_config, main_network
@@ -115,7 +115,7 @@ def draw_forms(
     key: jax.Array, images: np.ndarray, count: int, examples: int, strength: float, embed: Callable
 ) -> tasks.ClassData:
     """`count` shape classes at one strength of distortion, embedded; those that show nothing are left out."""
-    draw = jax.jit(jax.vmap(exemplars.shape_exemplars(
+    draw = jax.jit(jax.vmap(tasks.shape_exemplars(
         examples=examples, size=images.shape[1], affine=strength, elastic=0.1 * strength)))  # fmt: skip
     at_once, found, held = 50, [], 0
     for turn in range(20 * (count // at_once + 1)):

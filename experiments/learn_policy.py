@@ -258,10 +258,10 @@ def report(
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 7), place)
         plain, meta = make_chooser(config, kind, network), trained.metas[place]
         policy = make_chooser(config, kind, network, plan=config.plan) if planned else plain
-        compared = {"policy": (policy, trained.params, meta),
-                    "start": (policy, policy.init(key), first_metas(config, forms[0])[place])}  # fmt: skip
-        compared |= {"one_by_one": (plain, trained.params, meta)} if planned else {}
-        compared |= {name: (make_policy(name, need_of(config, kind)), (), meta) for name in rules_of(config, "rules")}
+        compared = {"policy": (policy, meta, trained.params),
+                    "start": (policy, first_metas(config, forms[0])[place], policy.init(key))}  # fmt: skip
+        compared |= {"one_by_one": (plain, meta, trained.params)} if planned else {}
+        compared |= {name: (make_policy(name, need_of(config, kind)), meta, ()) for name in rules_of(config, "rules")}
         found = []
         for name, (chooser, *own) in tqdm(compared.items(), desc=f"report, {kind}"):
             accuracy = areas(config, kind, chooser)(key, *own, forms[2], config.report_problems)

@@ -29,7 +29,7 @@ OWN_HEAD = ("meta_sgd", "reptile", "implicit_maml")
 
 def make_meta_learner(name: str, model: nn.Module, config: Any, *, testing: bool) -> Learner:
     """A meta-learner by name, as it is meta-trained or as it adapts to the target."""
-    train = {"inner": optax.sgd(config.inner_rate), "steps": config.inner_steps, "unroll": True}
+    train = {"optimizer": optax.sgd(config.inner_rate), "steps": config.inner_steps, "unroll": True}
     prototypes = {"head": "prototypes", "temperature": config.temperature}
     if name in ("maml", "fomaml"):
         if not testing:
@@ -39,20 +39,20 @@ def make_meta_learner(name: str, model: nn.Module, config: Any, *, testing: bool
             {"head": optax.adam(config.adapt_rate), "body": optax.adam(config.adapt_body_rate)},
             lambda params: {"params": {name: "head" if name == "head" else "body" for name in params["params"]}},
         )
-        return learners.maml(model, inner=inner, steps=config.adapt_steps, **prototypes)
+        return learners.maml(model, optimizer=inner, steps=config.adapt_steps, **prototypes)
     if name == "anil":
         if not testing:
             return learners.anil(model, **prototypes, **train)
-        return learners.anil(model, inner=optax.adam(config.adapt_rate), steps=config.adapt_steps, **prototypes)
+        return learners.anil(model, optimizer=optax.adam(config.adapt_rate), steps=config.adapt_steps, **prototypes)
     if name == "meta_sgd":
         return learners.meta_sgd(model, rate=config.own_rate, steps=config.own_steps, unroll=True)
     if name == "reptile":
         inner = optax.sgd(config.reptile_rate)
         steps = config.reptile_adapt_steps if testing else config.reptile_steps
-        return learners.reptile(model, inner=inner, steps=steps, minibatch=None if testing else 10)
+        return learners.reptile(model, optimizer=inner, steps=steps, minibatch=None if testing else 10)
     if name == "implicit_maml":
         return learners.implicit_maml(
-            model, inner=optax.sgd(config.own_rate), steps=config.implicit_steps, proximal=config.proximal
+            model, optimizer=optax.sgd(config.own_rate), steps=config.implicit_steps, proximal=config.proximal
         )
     if name == "protonet":
         return learners.protonet(model, temperature=config.temperature, learn=("temperature",))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from arms import make_model
 from meta_learners import OWN_HEAD, make_meta_learner
-from metaal_jax import checkpoint, exemplars, tasks
+from metaal_jax import checkpoint, tasks
 from metaal_jax.base import PyTree
 from metaal_jax.outer import MetaState, OuterLoop, outer_loop
 from runs import RunFolder, UsageError, round_to
@@ -24,7 +24,7 @@ from runs import RunFolder, UsageError, round_to
 def draw_shapes(key: jax.Array, images: np.ndarray, classes: int, label: str) -> tasks.ClassData:
     """`classes` shape classes of 20 examples, each drawn from a random image; those that show nothing are left out."""
     at_once = min(500, classes)
-    draw = jax.jit(jax.vmap(exemplars.shape_exemplars(examples=20, size=images.shape[1])))
+    draw = jax.jit(jax.vmap(tasks.shape_exemplars(examples=20, size=images.shape[1])))
     drawn = []
     for part in tqdm(range(0, classes, at_once), desc=label):
         pick_key, draw_key = jax.random.split(jax.random.fold_in(key, part))

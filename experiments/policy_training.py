@@ -213,15 +213,15 @@ Areas = Callable[[jax.Array, PyTree, PyTree, PyTree, int], jax.Array]
 
 
 def areas(config: Any, kind: Kind, policy: Policy) -> Areas:
-    """`(key, params, meta, forms, number) -> accuracy [number, rounds]`: the same problems for all policies."""
+    """`(key, meta, params, forms, number) -> accuracy [number, rounds]`: the same problems for all policies."""
     learner, sampler = need_of(config, kind).learner, make_sampler(config, kind)
     play = episode(learner, policy, budget=kind.budget, k=kind.batch, record=False)
 
     @functools.partial(jax.jit, static_argnums=4)
-    def run(key: jax.Array, params: PyTree, meta: PyTree, forms: PyTree, number: int) -> jax.Array:
+    def run(key: jax.Array, meta: PyTree, params: PyTree, forms: PyTree, number: int) -> jax.Array:
         def one(key: jax.Array) -> jax.Array:
             problem_key, run_key = jax.random.split(key)
-            return play(run_key, params, meta, sampler(problem_key, forms)).accuracy
+            return play(run_key, meta, params, sampler(problem_key, forms)).accuracy
 
         return jax.lax.map(one, jax.random.split(key, number), batch_size=8)
 
@@ -266,7 +266,7 @@ def train(config: Any, folder: RunFolder, network: Any, forms: tuple) -> Trained
         return (state.meta,) if alone else state.meta
 
     def validated(state: policies.TrainState) -> dict[str, float]:
-        found = [judge(validation_key, state.params, meta, forms[1], config.validation_problems).mean()
+        found = [judge(validation_key, meta, state.params, forms[1], config.validation_problems).mean()
                  for judge, meta in zip(judges, metas_of(state), strict=True)]  # fmt: skip
         return {"validation": round_to(np.mean(found)),
                 **{f"validation_{number}": round_to(value) for number, value in enumerate(found)}}  # fmt: skip

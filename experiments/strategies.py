@@ -206,7 +206,7 @@ def make_problems(config: Config, setting: meta_active.Setting, meta: PyTree, pl
     job_config = main_config(config)
     model = make_model(setting.classes, setting.shape, job_config)
     embed = make_embed(model, 100)
-    body = learners.maml(model, inner=optax.identity(), steps=0)
+    body = learners.maml(model, optimizer=optax.identity(), steps=0)
     image = jnp.zeros((1, *setting.shape), setting.train_source.x.dtype)
     networks = {
         "meta": lambda: without_head(model, meta, image),

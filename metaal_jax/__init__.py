@@ -3,7 +3,6 @@
 from metaal_jax import (
     acquisition,
     data,
-    exemplars,
     learners,
     loop,
     losses,
@@ -47,7 +46,6 @@ __all__ = [
     "check_learner",
     "check_policy",
     "data",
-    "exemplars",
     "learners",
     "loop",
     "losses",

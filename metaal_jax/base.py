@@ -168,27 +168,80 @@ class Decision(NamedTuple):
     scores: Array
 
 
+class PolicyInitFn(Protocol):
+    """`(key) -> policy_params`, `()` for fixed rules."""
+
+    def __call__(self, key: Array, /) -> PyTree: ...  # noqa: D102
+
+
+class BeginFn(Protocol):
+    """`(key, policy_params, view) -> policy_state`, once a run: neighbour graphs, densities, memory."""
+
+    def __call__(self, key: Array, policy_params: PyTree, view: PoolView, /) -> PyTree: ...  # noqa: D102
+
+
+class ActFn(Protocol):
+    """`(key, policy_params, policy_state, view) -> (Decision, policy_state)`, once a round."""
+
+    def __call__(  # noqa: D102
+        self, key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView, /
+    ) -> tuple[Decision, PyTree]: ...
+
+
+class ObserveFn(Protocol):
+    """`(key, policy_state, view) -> observation`: what `act` looks at when it is given the same key.
+
+    It is small, so that the observations of whole runs can be kept.
+    """
+
+    def __call__(self, key: Array, policy_state: PyTree, view: PoolView, /) -> PyTree: ...  # noqa: D102
+
+
+class EvaluateFn(Protocol):
+    """`(policy_params, observation, index) -> (log_prob [], entropy [], value [])` of the batch `index` `[k]`.
+
+    The log-probability of drawing the batch, the entropy of the policy's draws and the expected return.
+    """
+
+    def __call__(  # noqa: D102
+        self, policy_params: PyTree, observation: PyTree, index: Array, /
+    ) -> tuple[Array, Array, Array]: ...
+
+
+class ScoreFn(Protocol):
+    """`(policy_params, observation) -> (scores [m], value [])` of the observation's `m` candidates."""
+
+    def __call__(self, policy_params: PyTree, observation: PyTree, /) -> tuple[Array, Array]: ...  # noqa: D102
+
+
+class Trainable(NamedTuple):
+    """What a trainer needs of a policy.
+
+    Attributes:
+      observe: see `ObserveFn`.
+      evaluate: see `EvaluateFn`; None for a policy that does not draw its batches.
+      score: see `ScoreFn`; None for a policy that does not choose by scores.
+    """
+
+    observe: ObserveFn
+    evaluate: EvaluateFn | None = None
+    score: ScoreFn | None = None
+
+
 class Policy(NamedTuple):
     """Decides which rows to query.
 
     Attributes:
-      init: `(key) -> policy_params`, `()` for fixed rules.
-      begin: `(policy_params, key, view) -> policy_state`, once per run: neighbour graphs, densities, memory.
-      act: `(policy_params, policy_state, key, view) -> (Decision, policy_state)`.
-      observe: `(policy_state, key, view) -> observation`, what `act` looks at when it is given the same key; small, so
-        that whole runs can be kept. None for a policy that cannot be trained.
-      evaluate: `(policy_params, observation, index) -> (log_prob, entropy, value)`: the log-probability of the batch
-        `index` `[k]` where the policy is sampled, the entropy of its draws and the expected return. None likewise.
-      score: `(policy_params, observation) -> (scores [m], value)`, of the observation's candidates, where a policy
-        chooses by scores. None likewise.
+      init: see `PolicyInitFn`.
+      begin: see `BeginFn`.
+      act: see `ActFn`.
+      train: what a trainer needs; None for a policy that cannot be trained.
     """
 
-    init: Any
-    begin: Any
-    act: Any
-    observe: Any = None
-    evaluate: Any = None
-    score: Any = None
+    init: PolicyInitFn
+    begin: BeginFn
+    act: ActFn
+    train: Trainable | None = None
 
 
 class ActiveLearner(NamedTuple):
@@ -322,7 +375,7 @@ def check_policy(policy: Policy, key: Array, view: PoolView, *, k: int) -> None:
     def decide(key: Array, view: PoolView) -> Decision:
         init_key, begin_key, act_key = jax.random.split(key, 3)
         params = policy.init(init_key)
-        return policy.act(params, policy.begin(params, begin_key, view), act_key, view)[0]
+        return policy.act(act_key, params, policy.begin(begin_key, params, view), view)[0]
 
     decision = jax.jit(decide)(key, view)
     n = view.row.shape[0]

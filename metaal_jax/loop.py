@@ -216,7 +216,7 @@ def active_learner(
             require(state.spent <= limit, f"active_learner: the initial set costs {state.spent}, more than the budget "
                     f"of {limit}; raise the budget")  # fmt: skip
             state = state._replace(params=refit(again_key, meta, state, problem))
-        return state._replace(policy_state=policy.begin(policy_params, begin_key, view_of(meta, state, problem)))
+        return state._replace(policy_state=policy.begin(begin_key, policy_params, view_of(meta, state, problem)))
 
     def payable(state: ActiveState, problem: Problem, decision: Decision) -> Array:
         """Which rows of a decision, best first, the budget and the buffer have room for, bool `[k]`."""
@@ -234,7 +234,7 @@ def active_learner(
     ) -> tuple[Decision, ActiveState, PyTree]:
         """What `ask` does, with the signals for the trace."""
         view = view_of(meta, state, problem)
-        decision, policy_state = policy.act(policy_params, state.policy_state, key, view)
+        decision, policy_state = policy.act(key, policy_params, state.policy_state, view)
         decision = decision._replace(valid=payable(state, problem, decision))
         state = state._replace(policy_state=policy_state)
         if stop is None:

@@ -51,7 +51,7 @@ class StoppingRule(NamedTuple):
     update: Any
 
 
-class Memory(NamedTuple):
+class StoppingState(NamedTuple):
     """What the loop carries for a stopping rule.
 
     Attributes:
@@ -92,16 +92,18 @@ def observe(view: PoolView, decision: Decision, before: Array) -> tuple[Signals,
     return signals, classes
 
 
-def start(rule: StoppingRule, rows: int) -> Memory:
+def start(rule: StoppingRule, rows: int) -> StoppingState:
     """The memory of a rule before the first round, for a pool of `rows` rows."""
-    return Memory(rule=rule.init(), classes=jnp.full(rows, -1, jnp.int32), stopped=jnp.zeros((), bool))
+    return StoppingState(rule=rule.init(), classes=jnp.full(rows, -1, jnp.int32), stopped=jnp.zeros((), bool))
 
 
-def advance(rule: StoppingRule, memory: Memory, view: PoolView, decision: Decision) -> tuple[Memory, Signals]:
+def advance(
+    rule: StoppingRule, memory: StoppingState, view: PoolView, decision: Decision
+) -> tuple[StoppingState, Signals]:
     """One round of a rule inside the loop."""
     signals, classes = observe(view, decision, memory.classes)
     state, stop = rule.update(memory.rule, signals)
-    return Memory(rule=state, classes=classes, stopped=memory.stopped | stop), signals
+    return StoppingState(rule=state, classes=classes, stopped=memory.stopped | stop), signals
 
 
 def stops(rule: StoppingRule, signals: Signals) -> Array:

@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 
 # Files whose tests share what is costly to set up.
 TOGETHER = (
-    "test_exemplars.py", "test_experiments.py", "test_few_shot.py", "test_outer.py", "test_policy_experiments.py",
+    "test_shapes.py", "test_experiments.py", "test_few_shot.py", "test_outer.py", "test_policy_experiments.py",
     "test_strategy_experiment.py",
 )  # fmt: skip
 

@@ -174,10 +174,10 @@ def test_one_of_is_the_rule_whose_number_it_is_given(key):
     def pick(number):
         traced.append(number)
         params = (number, both.init(key)[1])
-        return both.act(params, both.begin(params, key, view), key, view)[0].index
+        return both.act(key, params, both.begin(key, params, view), view)[0].index
 
     wanted = [
-        jax.jit(lambda rule=rule: rule.act((), rule.begin((), key, view), key, view)[0].index)() for rule in rules
+        jax.jit(lambda rule=rule: rule.act(key, (), rule.begin(key, (), view), view)[0].index)() for rule in rules
     ]
     assert (wanted[0] != wanted[1]).any()
     for number in range(2):
@@ -191,7 +191,7 @@ def test_one_of_is_the_rule_whose_number_it_is_given(key):
 def decide(index, valid=None, scores=None):
     """A policy that does always the same."""
 
-    def act(policy_state, key, view):
+    def act(key, policy_state, view):
         mask = jnp.ones(len(index), bool) if valid is None else jnp.asarray(valid)
         return Decision(jnp.asarray(index), mask, jnp.zeros(()), jnp.zeros(20) if scores is None else scores)
 
@@ -281,7 +281,7 @@ def test_arguments_are_checked(key):
         "neighbours": lambda: acquisition.typical(k=1, neighbours=0),
         "anchors": lambda: acquisition.typical(k=1, anchors=0),
         "chunk": lambda: acquisition.predict_pool(LINEAR, jnp.zeros((1, 3, 2)), jnp.zeros((4, 3)), chunk=0),
-        "pool of 20": lambda: acquisition.typical(k=21).act((), (jnp.zeros((20, 2)), jnp.ones(20)), key, make_view(0)),
+        "pool of 20": lambda: acquisition.typical(k=21).act(key, (), (jnp.zeros((20, 2)), jnp.ones(20)), make_view(0)),
     }.items():
         with pytest.raises(ValueError, match=name):
             wrong()
@@ -313,8 +313,8 @@ RULE = acquisition.typical(k=5, neighbours=4)
 
 @jax.jit
 def run_typical(key, view):
-    state = RULE.begin((), key, view)
-    return RULE.act((), state, key, view)[0], state[1]
+    state = RULE.begin(key, (), view)
+    return RULE.act(key, (), state, view)[0], state[1]
 
 
 @pytest.mark.parametrize("labelled", [(), (2,), (7, 1, 12)])
@@ -335,7 +335,7 @@ def test_typical_does_not_depend_on_the_order_of_the_pool(key):
 
     @jax.jit
     def pick(key, view):
-        return rule.act((), rule.begin((), key, view), key, view)[0].index
+        return rule.act(key, (), rule.begin(key, (), view), view)[0].index
 
     view = make_view(3, n=17, queried=(4,), labelled=(2, 11))
     order = np.random.default_rng(2).permutation(17)

@@ -27,7 +27,7 @@ def preferring(rows, *, k, n=20):
 @functools.partial(jax.jit, static_argnums=0)
 def first_round(policy, key, view, params=()):
     begin_key, act_key = jax.random.split(key)
-    return policy.act(params, policy.begin(params, begin_key, view), act_key, view)
+    return policy.act(act_key, params, policy.begin(begin_key, params, view), view)
 
 
 class PaperExp4p:
@@ -59,16 +59,16 @@ def test_the_update_is_that_of_the_paper(key, k):
         rules, k=k, horizon=horizon, delta=delta, exploration=least, reward=lambda view, probability: view.spent
     )
     act = jax.jit(policy.act)
-    propose = jax.jit(lambda key, view: [rule.act((), (), key, view)[0] for rule in rules])
+    propose = jax.jit(lambda key, view: [rule.act(key, (), (), view)[0] for rule in rules])
     view = make_view(0, n=n, capacity=n, labelled=(0, 7), queried=range(12 + k, n))._replace(budget=jnp.float32(99))
     view = view._replace(labelled=view.labelled._replace(weight=jnp.asarray(view.labelled_index >= 0, jnp.float32)))
-    state = policy.begin((), key, view)
+    state = policy.begin(key, (), view)
     plain, wanted_rows = PaperExp4p(3, horizon, delta, least), np.ones(n)
     rewards = np.random.default_rng(1).uniform(size=horizon)
     seen = set()
     for number, reward in enumerate(rewards):
         before = view.available
-        decision, state = act((), state, jax.random.fold_in(key, number), view)
+        decision, state = act(jax.random.fold_in(key, number), (), state, view)
         batches = [set(np.asarray(p.index)[np.asarray(p.valid)].tolist()) for p in propose(key, view)]
         plain.propose(batches, n)
         asked = np.asarray(decision.index)[np.asarray(decision.valid)].tolist()
@@ -118,15 +118,15 @@ def test_rules_are_drawn_by_their_probabilities_and_equal_batches_add_up(key):
     view = make_view(0)
     rules = [preferring(rows, k=2) for rows in ((3, 5), (5, 3), (8, 3))]
     policy = bandits.albl(rules, k=2, horizon=10, exploration=0.1)
-    state = policy.begin((), key, view)._replace(log_weight=jnp.log(jnp.asarray([0.2, 0.1, 0.7])))
+    state = policy.begin(key, (), view)._replace(log_weight=jnp.log(jnp.asarray([0.2, 0.1, 0.7])))
     p = 0.7 * np.array([0.2, 0.1, 0.7]) + 0.1
-    draw = jax.jit(jax.vmap(lambda key: policy.act((), state, key, view)[0]))
+    draw = jax.jit(jax.vmap(lambda key: policy.act(key, (), state, view)[0]))
     decision = draw(jax.random.split(key, 4000))
     first = decision.index[:, 0]
     counts = np.array([(first == row).sum() for row in (3, 5, 8)])
     assert ((counts - 4000 * p) ** 2 / (4000 * p)).sum() < 20  # 2 degrees of freedom
     np.testing.assert_allclose(jnp.exp(decision.log_prob), np.where(first == 8, p[2], p[0] + p[1]), rtol=1e-5)
-    scores = np.asarray(rules[2].act((), (), key, view)[0].scores)
+    scores = np.asarray(rules[2].act(key, (), (), view)[0].scores)
     np.testing.assert_array_equal(decision.scores[np.argmax(first == 8)], scores)
     # A rule that draws reports the probability of its draw.
     sampled = acquisition.stochastic_top_k(fixed(np.zeros(20)), k=2, beta=0.0)
@@ -231,10 +231,10 @@ def test_no_labels_no_rows_and_many_rounds_stay_finite(key):
     gone = cold._replace(queried=jnp.ones(20, bool))
     moved = state._replace(log_weight=jnp.asarray([-1.0, 0.0]))
     act = jax.jit(policy.act)
-    decision, moved = act((), moved, key, gone)
+    decision, moved = act(key, (), moved, gone)
     assert not decision.valid.any()
     assert decision.log_prob == pytest.approx(0, abs=1e-6)
-    after = act((), moved, key, gone)[1]
+    after = act(key, (), moved, gone)[1]
     np.testing.assert_array_equal(after.log_weight, moved.log_weight)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
 
@@ -243,10 +243,10 @@ def test_no_labels_no_rows_and_many_rounds_stay_finite(key):
     policy = bandits.exp4p(rules, k=3, horizon=5000, exploration=0.01, reward=lambda view, probability: jnp.ones(()))
 
     def body(state, key):
-        decision, state = policy.act((), state, key, view)
+        decision, state = policy.act(key, (), state, view)
         return state, decision.log_prob
 
-    run = jax.jit(lambda key: jax.lax.scan(body, policy.begin((), key, view), jax.random.split(key, 5000)))
+    run = jax.jit(lambda key: jax.lax.scan(body, policy.begin(key, (), view), jax.random.split(key, 5000)))
     state, log_prob = run(key)
     assert np.isfinite(log_prob).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
@@ -259,8 +259,8 @@ def test_hyperparameters_are_vmapped_and_parameters_reach_their_rules(key):
 
     def least(exploration, delta, horizon):
         policy = bandits.albl(rules, k=1, horizon=horizon, delta=delta, exploration=exploration)
-        state = policy.begin((), key, view)._replace(log_weight=jnp.asarray([-50.0, 0.0]))
-        return policy.act((), state, key, view)[1].rule_probability[0]
+        state = policy.begin(key, (), view)._replace(log_weight=jnp.asarray([-50.0, 0.0]))
+        return policy.act(key, (), state, view)[1].rule_probability[0]
 
     got = jax.jit(jax.vmap(least))(jnp.asarray([0.1, 0.3]), jnp.asarray([0.1, 0.2]), jnp.asarray([5, 9]))
     np.testing.assert_allclose(got, [0.1, 0.3], rtol=1e-5)

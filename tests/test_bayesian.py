@@ -24,7 +24,7 @@ LEARNERS = {  # learner, shape of a row
     "laplace, kron": (learners.laplace(TUNED, members=4), (4,)),
     "laplace, full": (learners.laplace(TUNED, members=4, hessian="full"), (4,)),
     "laplace, prototypes": (
-        learners.laplace(learners.maml(MLP, inner=SGD, steps=2, head="prototypes"), members=4, prior_precision=2.0),
+        learners.laplace(learners.maml(MLP, optimizer=SGD, steps=2, head="prototypes"), members=4, prior_precision=2.0),
         (4,),
     ),
 }

@@ -175,7 +175,7 @@ def test_what_cannot_be_written_keeps_what_was_there(tmp_path, saved, monkeypatc
 def test_meta_parameters_come_back_with_the_config_that_made_them(tmp_path):
     tree = {
         "params": make_tree()["params"],
-        "inner": {"log_rate": jnp.float32(0.5)},
+        "hyper": {"log_rate": jnp.float32(0.5)},
         "flags": {"on": jnp.ones(2, bool)},
     }
     checkpoint.save(tmp_path / "meta", tree, config={"learner": "maml", "steps": 3})

@@ -31,7 +31,7 @@ def distances(a, b):
 def cluster(key, x, weight, count, fixed, fixed_used):
     row = jnp.arange(x.shape[0])
     options = {"count": count, "fixed": fixed, "fixed_used": fixed_used}
-    return acquisition.kmeans(key, x, weight, row, clusters=4, iterations=25, **options)
+    return acquisition.lloyd(key, x, weight, row, clusters=4, iterations=25, **options)
 
 
 def test_kmeans_is_a_fixed_point_of_lloyd(key):
@@ -65,7 +65,7 @@ def test_kmeans_is_as_good_as_scikit_learn(key):
 
     @jax.jit
     def inertia(key, x):
-        centres, assignment = acquisition.kmeans(key, x, jnp.ones(3000), jnp.arange(3000), clusters=12, iterations=30)
+        centres, assignment = acquisition.lloyd(key, x, jnp.ones(3000), jnp.arange(3000), clusters=12, iterations=30)
         return ((x - centres[assignment]) ** 2).sum()
 
     ours = np.median([inertia(one, jnp.asarray(x, jnp.float32)) for one in jax.random.split(key, 9)])
@@ -184,8 +184,8 @@ def test_cluster_balanced_goes_round_the_clusters(key):
 
     @jax.jit
     def both(key, view):
-        assignment = rule.begin((), key, view)
-        return assignment, rule.act((), assignment, key, view)[0]
+        assignment = rule.begin(key, (), view)
+        return assignment, rule.act(key, (), assignment, view)[0]
 
     clusters = np.asarray(both(key, view)[0])
     places = np.cumsum(clusters[:, None] == np.arange(3), axis=0)[np.arange(39), clusters]

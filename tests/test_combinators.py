@@ -21,7 +21,7 @@ def fixed(values):
 
 def decide(policy, key, view, params=()):
     begin_key, act_key = jax.random.split(key)
-    return policy.act(params, policy.begin(params, begin_key, view), act_key, view)[0]
+    return policy.act(act_key, params, policy.begin(begin_key, params, view), view)[0]
 
 
 VIEW = make_view(0, n=6, members=1, capacity=3)
@@ -244,9 +244,9 @@ def test_a_plan_is_asked_for_row_by_row(key):
     check_policy(acquisition.planned(batch, rows=4, k=2), key, make_view(0, queried=(5,)), k=2)
     wanted = decide(batch, key, make_view(0)).index.tolist()
     act = jax.jit(policy.act)
-    state, queried, asked = policy.begin((), key, make_view(0)), [], []
+    state, queried, asked = policy.begin(key, (), make_view(0)), [], []
     for turn in range(5):
-        decision, state = act((), state, jax.random.fold_in(key, turn), make_view(turn, queried=tuple(queried)))
+        decision, state = act(jax.random.fold_in(key, turn), (), state, make_view(turn, queried=tuple(queried)))
         assert decision.valid.all()
         assert decision.scores.argmax() == decision.index[0]
         asked.append(int(decision.index[0]))
@@ -255,7 +255,7 @@ def test_a_plan_is_asked_for_row_by_row(key):
             queried.append(wanted[2])
     assert asked[:3] == [wanted[0], wanted[1], wanted[3]]
     assert asked[3:] == [row for row in np.argsort(-scores) if row not in wanted][:2]
-    nothing = act((), state, key, make_view(0, queried=tuple(range(20))))[0]
+    nothing = act(key, (), state, make_view(0, queried=tuple(range(20))))[0]
     assert not nothing.valid.any()
     with pytest.raises(ValueError, match="asks for 4 rows, the plan is of 6"):
         decide(acquisition.planned(batch, rows=6), key, make_view(0))
@@ -285,10 +285,10 @@ def test_a_policy_sees_another_learner(key):
     assert seen["members"] == 2
     np.testing.assert_array_equal(seen["params"], 3.0)
     own = acquisition.with_learner(acquisition.top_k(scorer, k=2), NEAREST, own_start=True)
-    state = own.begin((), key, view)
-    first = own.act((), state, key, view)
+    state = own.begin(key, (), view)
+    first = own.act(key, (), state, view)
     meta = seen["meta"]
-    own.act((), first[1], jax.random.key(5), view)
+    own.act(jax.random.key(5), (), first[1], view)
     np.testing.assert_array_equal(seen["meta"], meta)
     assert not np.array_equal(meta, view.meta)
 

@@ -23,7 +23,7 @@ def entropy(p):
 
 
 def decide(policy, params=()):
-    return jax.jit(lambda key, view: policy.act(params, policy.begin(params, key, view), key, view)[0])
+    return jax.jit(lambda key, view: policy.act(key, params, policy.begin(key, params, view), view)[0])
 
 
 def test_variation_ratio_and_mean_std_against_their_definitions(key):
@@ -55,7 +55,7 @@ def test_a_single_model_is_refused(key, name):
     view = make_view(0, members=1)
     policy = acquisition.top_k(SCORERS[name], k=2) if name in SCORERS else getattr(acquisition, name)(k=2)
     with pytest.raises(ValueError, match=f"{name}: a single model .*committee.*mc_dropout.*laplace"):
-        policy.act((), (), key, view)
+        policy.act(key, (), (), view)
 
 
 def plain_epig(probs, targets):
@@ -93,7 +93,7 @@ def test_epig_for_target_rows_of_ones_own(key):
     view = view._replace(params=params, prediction=LINEAR.predict(params, view.x))
     x = 2 * jax.random.normal(jax.random.key(1), (6, 3)) + 1
     policy = acquisition.epig(LINEAR, k=3)
-    run = jax.jit(lambda x, key, view: policy.act(x, policy.begin(x, key, view), key, view)[0].scores)
+    run = jax.jit(lambda x, key, view: policy.act(key, x, policy.begin(key, x, view), view)[0].scores)
     both = np.concatenate([LINEAR.predict(params, rows).logits for rows in (view.x, x)], axis=1).astype(np.float64)
     np.testing.assert_allclose(
         run(x, key, view), plain_epig(probabilities(both), range(15, 21))[:15], rtol=1e-4, atol=1e-6
@@ -101,7 +101,7 @@ def test_epig_for_target_rows_of_ones_own(key):
     whole = decide(acquisition.epig(k=3, targets=15))(key, view)
     np.testing.assert_allclose(run(view.x, key, view), whole.scores, rtol=1e-5, atol=1e-6)
     few = acquisition.epig(k=3, targets=2)
-    draws = jax.jit(jax.vmap(lambda key: few.act((), (), key, view)[0].scores))(jax.random.split(key, 300))
+    draws = jax.jit(jax.vmap(lambda key: few.act(key, (), (), view)[0].scores))(jax.random.split(key, 300))
     np.testing.assert_allclose(draws.mean(0), whole.scores, rtol=0.15)  # random targets estimate all of them
     assert draws.std(0).min() > 0
 
@@ -114,7 +114,7 @@ def test_epig_says_what_is_wrong_with_its_targets(key):
         ("targets have 2 members, the pool 3", acquisition.epig(LINEAR, k=2), view.x),
     ):
         with pytest.raises(ValueError, match=message):
-            policy.act(params, (), key, view)
+            policy.act(key, params, (), view)
 
 
 def joint_information(probs, rows):

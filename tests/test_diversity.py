@@ -149,7 +149,7 @@ def test_prob_cover_finds_the_largest_pure_radius(key):
     z, _, _ = plain(view, unit=True)
     nearest = np.where(np.arange(40)[:, None] % 2 != np.arange(40) % 2, distances(z, z), np.inf).min(1)
     begin = jax.jit(
-        lambda key, view, purity: acquisition.prob_cover(k=1, classes=2, purity=purity).begin((), key, view)
+        lambda key, view, purity: acquisition.prob_cover(k=1, classes=2, purity=purity).begin(key, (), view)
     )
     for purity in (0.5, 0.9, 0.96, 0.999):
         radius = float(begin(key, view, purity)[-1])
@@ -160,7 +160,7 @@ def test_prob_cover_finds_the_largest_pure_radius(key):
 def test_prob_cover_says_when_its_balls_are_too_small(key):
     rule = acquisition.prob_cover(k=2, radius=1e-4)
     with pytest.raises(ValueError, match="no ball of radius"):
-        rule.begin((), key, pool(0))
+        rule.begin(key, (), pool(0))
 
 
 @jax.jit
@@ -259,7 +259,7 @@ def test_badge_frequencies(key):
     gradients = plain_gradients(view)
     weight = distances(gradients, gradients[[2, 11, 7]]).min(1) ** 2 * np.asarray(view.available)
     one = acquisition.badge(k=1)
-    first = jax.jit(jax.vmap(lambda key: one.act((), (), key, view)[0].index[0]))(jax.random.split(key, 5000))
+    first = jax.jit(jax.vmap(lambda key: one.act(key, (), (), view)[0].index[0]))(jax.random.split(key, 5000))
     counts, wanted = np.bincount(first, minlength=30), 5000 * weight / weight.sum()
     some = wanted > 5
     assert counts[weight == 0].sum() == 0

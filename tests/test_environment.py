@@ -76,7 +76,7 @@ def changed(**fields):
 def curve(problem, meta, rows, k, budget):
     """The learning curve of given rows `[steps, k]`, -1 for none, by the active-learning loop itself."""
 
-    def act(wanted, position, key, view):
+    def act(key, wanted, position, view):
         n = view.row.shape[0]
         return Decision(jnp.maximum(wanted, 0), wanted >= 0, jnp.zeros(()), jnp.zeros(n)), position
 

@@ -180,7 +180,7 @@ def test_refits_use_common_random_numbers(key):
     np.testing.assert_allclose(scores, scores[0], rtol=1e-6)
     oracle = acquisition.greedy_oracle(noisy, k=2)
     selection = Batch(view.x, jnp.zeros(20, jnp.int32), jnp.ones(20))
-    scores = jax.jit(lambda key: oracle.act((jnp.zeros(20, jnp.int32), selection), (), key, view)[0].scores)(key)
+    scores = jax.jit(lambda key: oracle.act(key, (jnp.zeros(20, jnp.int32), selection), (), view)[0].scores)(key)
     np.testing.assert_allclose(scores, scores[0], rtol=1e-6)
 
 
@@ -192,7 +192,7 @@ def oracle_params(seed):
 
 
 def run_oracle(policy):
-    return jax.jit(lambda key, view, params: policy.act(params, policy.begin(params, key, view), key, view)[0])
+    return jax.jit(lambda key, view, params: policy.act(key, params, policy.begin(key, params, view), view)[0])
 
 
 ORACLE = run_oracle(acquisition.greedy_oracle(RIDGE, k=3, chunk=6))
@@ -284,7 +284,7 @@ GLISTER = acquisition.glister(LINEAR, k=4, step_size=STEP)
 
 @jax.jit
 def run_glister(key, view, params):
-    return GLISTER.act(params, (), key, view)[0]
+    return GLISTER.act(key, params, (), view)[0]
 
 
 @pytest.mark.parametrize("labels", ["validation", "labelled"])
@@ -416,8 +416,8 @@ def test_arguments_are_checked(key):
         "greedy_oracle: k": lambda: acquisition.greedy_oracle(RIDGE, k=0),
         "greedy_oracle: candidates": lambda: acquisition.greedy_oracle(RIDGE, k=1, candidates=0),
         "greedy_oracle: loss": lambda: acquisition.greedy_oracle(RIDGE, k=1, loss="hinge"),
-        "greedy_oracle: the policy's parameters": lambda: acquisition.greedy_oracle(RIDGE, k=1).act((), (), key, view),
-        "cannot choose 21": lambda: acquisition.greedy_oracle(RIDGE, k=21).act(oracle_params(0), (), key, view),
+        "greedy_oracle: the policy's parameters": lambda: acquisition.greedy_oracle(RIDGE, k=1).act(key, (), (), view),
+        "cannot choose 21": lambda: acquisition.greedy_oracle(RIDGE, k=21).act(key, oracle_params(0), (), view),
         "loss_predictor: steps": lambda: learners.loss_predictor(model, optimizer=adam, steps=-1),
         "loss_predictor: hidden": lambda: learners.loss_predictor(model, optimizer=adam, steps=1, hidden=0),
         "loss_predictor: margin": lambda: learners.loss_predictor(model, optimizer=adam, steps=1, margin=0.0),

@@ -15,17 +15,17 @@ from metaal_jax.losses import accuracy, cross_entropy
 MLP = models.MLP(3, hidden=(8,))
 CONV = models.Conv4(3, filters=8, blocks=1, norm="batch")
 SGD, ADAMW = optax.sgd(0.3), optax.adamw(0.05, weight_decay=0.1)
-BASE = learners.maml(MLP, inner=SGD, steps=2)
-LINEAR = learners.maml(models.MLP(3, hidden=()), inner=SGD, steps=1)
+BASE = learners.maml(MLP, optimizer=SGD, steps=2)
+LINEAR = learners.maml(models.MLP(3, hidden=()), optimizer=SGD, steps=1)
 
 LEARNERS = {  # learner, shape of a row
     "maml": (BASE, (4,)),
-    "maml, prototypes": (learners.maml(MLP, inner=SGD, steps=2, head="prototypes"), (4,)),
-    "maml, first order": (learners.maml(MLP, inner=SGD, steps=2, first_order=True), (4,)),
-    "maml, remat": (learners.maml(MLP, inner=SGD, steps=2, remat=True), (4,)),
-    "maml, no steps": (learners.maml(MLP, inner=SGD, steps=0, head="prototypes"), (4,)),
-    "maml, Adam": (learners.maml(MLP, inner=optax.adam(0.05, eps_root=1e-8), steps=2, head="prototypes"), (4,)),
-    "maml, batch norm": (learners.maml(CONV, inner=SGD, steps=1), (4, 4, 1)),
+    "maml, prototypes": (learners.maml(MLP, optimizer=SGD, steps=2, head="prototypes"), (4,)),
+    "maml, first order": (learners.maml(MLP, optimizer=SGD, steps=2, first_order=True), (4,)),
+    "maml, remat": (learners.maml(MLP, optimizer=SGD, steps=2, remat=True), (4,)),
+    "maml, no steps": (learners.maml(MLP, optimizer=SGD, steps=0, head="prototypes"), (4,)),
+    "maml, Adam": (learners.maml(MLP, optimizer=optax.adam(0.05, eps_root=1e-8), steps=2, head="prototypes"), (4,)),
+    "maml, batch norm": (learners.maml(CONV, optimizer=SGD, steps=1), (4, 4, 1)),
     "fine_tune": (learners.fine_tune(MLP, optimizer=ADAMW, steps=3), (4,)),
     "committee, bootstrap": (learners.committee(LINEAR, members=3), (4,)),
     "committee, initialisation": (learners.committee(LINEAR, members=3, source="initialisation"), (4,)),
@@ -97,7 +97,7 @@ BROKEN = {  # what is wrong: (the learner, what the check says)
         "not finite on a labelled task",
     ),
     "no gradient without labels": (
-        learners.maml(MLP, inner=optax.adam(0.05), steps=1),  # the root of a second moment of 0
+        learners.maml(MLP, optimizer=optax.adam(0.05), steps=1),  # the root of a second moment of 0
         "not finite on a task without labels",
     ),
     "no accuracy": (GOOD._replace(meta_grad=lambda key, meta, task, *, step: (meta, {"loss": 0.0})), "metrics need"),
@@ -130,7 +130,7 @@ def test_meta_gradient_equals_finite_differences(head):
         keys = jax.random.split(jax.random.key(3), 3)
         support, query = (example(k, rows=6)._replace(x=jax.random.normal(k, (6, 4), jnp.float64)) for k in keys[:2])
         task = Task(support=pad_batch(support, 8), query=query)
-        learner = learners.maml(Smooth(), inner=optax.sgd(0.5), steps=3, head=head)
+        learner = learners.maml(Smooth(), optimizer=optax.sgd(0.5), steps=3, head=head)
 
         def loss(meta):
             params = learner.adapt(keys[2], meta, task.support)
@@ -196,9 +196,9 @@ def variants():
     task = Task(support=example(keys[0]), query=example(keys[1]))
     made = {
         "maml": BASE,
-        "remat": learners.maml(MLP, inner=SGD, steps=2, remat=True),
-        "unroll": learners.maml(MLP, inner=SGD, steps=2, unroll=True),
-        "first order": learners.maml(MLP, inner=SGD, steps=2, first_order=True),
+        "remat": learners.maml(MLP, optimizer=SGD, steps=2, remat=True),
+        "unroll": learners.maml(MLP, optimizer=SGD, steps=2, unroll=True),
+        "first order": learners.maml(MLP, optimizer=SGD, steps=2, first_order=True),
     }
 
     @jax.jit
@@ -248,7 +248,7 @@ def test_fine_tune_trains_on_all_rows_of_a_task(key):
 
 @pytest.mark.parametrize("head", ["meta", "prototypes"])
 def test_without_labels_the_predictor_is_metas_own(key, head):
-    learner = learners.maml(MLP, inner=ADAMW, steps=3, head=head)
+    learner = learners.maml(MLP, optimizer=ADAMW, steps=3, head=head)
     batch = example(key)
     meta, start = (jax.jit(learner.init)(k, batch.x) for k in jax.random.split(key))
     adapt = jax.jit(learner.adapt)
@@ -273,7 +273,7 @@ def plain_mlp(params, x):
 
 def test_prototypes_without_steps_are_nearest_class_means(key):
     batch, rows = ROWS_WITH_PADDING, np.asarray(jax.random.normal(key, (20, 4)))
-    learner = learners.maml(MLP, inner=SGD, steps=0, head="prototypes", temperature=0.5)
+    learner = learners.maml(MLP, optimizer=SGD, steps=0, head="prototypes", temperature=0.5)
     meta = jax.tree.map(lambda leaf: leaf + 0.3, jax.jit(learner.init)(key, batch.x))  # a shared mean to take away
     got = np.asarray(jax.jit(learner.predict)(jax.jit(learner.adapt)(key, meta, batch), rows).logits[0])
     plain = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), meta)
@@ -288,7 +288,7 @@ def test_prototypes_without_steps_are_nearest_class_means(key):
 def test_prototypes_take_their_steps_on_the_centred_embedding(key):
     """The loop by hand: embeddings less the weighted mean at the start, the head from the class means, plain SGD."""
     batch, rows, rate = ROWS_WITH_PADDING, np.asarray(jax.random.normal(key, (6, 4))), 0.3
-    learner = learners.maml(MLP, inner=optax.sgd(rate), steps=3, head="prototypes", temperature=0.5)
+    learner = learners.maml(MLP, optimizer=optax.sgd(rate), steps=3, head="prototypes", temperature=0.5)
 
     @jax.jit
     def both(meta):
@@ -327,7 +327,7 @@ def test_prototypes_take_their_steps_on_the_centred_embedding(key):
 def test_start_goes_on_from_earlier_parameters(key):
     batch = example(key)
     meta = jax.jit(BASE.init)(key, batch.x)
-    two, four = jax.jit(BASE.adapt), jax.jit(learners.maml(MLP, inner=SGD, steps=4).adapt)
+    two, four = jax.jit(BASE.adapt), jax.jit(learners.maml(MLP, optimizer=SGD, steps=4).adapt)
     again = two(key, meta, batch, start=two(key, meta, batch))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), again, four(key, meta, batch))
 
@@ -371,9 +371,9 @@ def test_members_disagree_by_the_named_source_and_by_nothing_else(key, source):
 
 
 WRONG = {
-    "steps": lambda: learners.maml(MLP, inner=SGD, steps=-1),
-    "temperature": lambda: learners.maml(MLP, inner=SGD, steps=1, temperature=0.0),
-    "head": lambda: learners.maml(MLP, inner=SGD, steps=1, head="svm"),
+    "steps": lambda: learners.maml(MLP, optimizer=SGD, steps=-1),
+    "temperature": lambda: learners.maml(MLP, optimizer=SGD, steps=1, temperature=0.0),
+    "head": lambda: learners.maml(MLP, optimizer=SGD, steps=1, head="svm"),
     "members": lambda: learners.committee(BASE, members=1),
     "source": lambda: learners.committee(BASE, members=2, source="luck"),
 }

@@ -16,7 +16,7 @@ from metaal_jax.losses import accuracy, cross_entropy
 MLP = models.MLP(3, hidden=(8,))
 CONV = models.Conv4(3, filters=4, blocks=1, norm="batch")
 SGD = optax.sgd(0.3)
-CURVED = {"inner": optax.sgd(0.5), "steps": 3}
+CURVED = {"optimizer": optax.sgd(0.5), "steps": 3}
 
 
 class Smooth(nn.Module):
@@ -44,7 +44,7 @@ class Headless(nn.Module):
 FAMILY = {  # made for a model: name of a learner that gets its gradient through the adaptation
     "maml": lambda model: learners.maml(model, **CURVED),
     "maml, body": lambda model: learners.maml(model, **CURVED, adapted="body"),
-    "maml, Adam": lambda model: learners.maml(model, inner=optax.adam(0.1, eps_root=1e-2), steps=2),
+    "maml, Adam": lambda model: learners.maml(model, optimizer=optax.adam(0.1, eps_root=1e-2), steps=2),
     "maml, minibatch": lambda model: learners.maml(model, **CURVED, minibatch=4),
     "maml, microbatch": lambda model: learners.maml(model, **CURVED, microbatch=4),
     "anil": lambda model: learners.anil(model, **CURVED),
@@ -66,8 +66,8 @@ NORMED = {
 }
 OTHERS = {
     "maml_plus_plus": lambda model: learners.maml_plus_plus(model, rate=0.3, steps=2, anneal_steps=10),
-    "reptile": lambda model: learners.reptile(model, inner=SGD, steps=3, minibatch=3),
-    "implicit_maml": lambda model: learners.implicit_maml(model, inner=SGD, steps=5, proximal=1.0),
+    "reptile": lambda model: learners.reptile(model, optimizer=SGD, steps=3, minibatch=3),
+    "implicit_maml": lambda model: learners.implicit_maml(model, optimizer=SGD, steps=5, proximal=1.0),
 }
 
 
@@ -118,7 +118,7 @@ def test_meta_gradient_equals_finite_differences(name):
         assert abs(gap) < 1e-10
         np.testing.assert_allclose(gradient, wanted, atol=2e-6 if name == "metaoptnet" else 2e-8)
         for learned, leaf in jax.tree_util.tree_leaves_with_path(ravel_pytree(meta)[1](gradient)):
-            if learned[0].key == "inner":
+            if learned[0].key == "hyper":
                 assert np.abs(leaf).max() > 1e-6, f"{learned} is not learned"
 
 
@@ -133,7 +133,9 @@ def test_multi_step_loss_is_the_weighted_sum_of_the_losses_after_each_step():
         def loss(meta):
             total = 0.0
             for steps, share in zip((1, 2, 3), weights, strict=True):
-                params = learners.maml(Smooth(), inner=CURVED["inner"], steps=steps).adapt(key, meta, task.support)
+                params = learners.maml(Smooth(), optimizer=CURVED["optimizer"], steps=steps).adapt(
+                    key, meta, task.support
+                )
                 total += share * cross_entropy(Smooth().apply(params, task.query.x)[0], task.query.y, task.query.weight)
             return total
 
@@ -152,7 +154,7 @@ def test_multi_step_loss_is_the_weighted_sum_of_the_losses_after_each_step():
 def test_implicit_gradient_tends_to_the_exact_one_as_its_solvers_converge(adapted):
     with jax.enable_x64(True):
         key, task = task_in_float64()
-        options = {"inner": optax.sgd(0.2), "proximal": 2.0, "learn": ("proximal",), "adapted": adapted}
+        options = {"optimizer": optax.sgd(0.2), "proximal": 2.0, "learn": ("proximal",), "adapted": adapted}
 
         @jax.jit
         def compare(meta):
@@ -180,7 +182,7 @@ def test_implicit_gradient_takes_the_memory_of_few_steps(key):
     model = models.MLP(3, hidden=(128,))
 
     def temporary(make, steps):
-        learner = make(gradient_steps(model, inner=SGD, steps=steps, proximal=1.0))
+        learner = make(gradient_steps(model, optimizer=SGD, steps=steps, proximal=1.0))
         meta = jax.eval_shape(learner.init, key, task.query.x)
         step = jax.jit(lambda meta, task: learner.meta_grad(key, meta, task, step=jnp.int32(0))[0])
         return step.lower(meta, task).compile().memory_analysis().temp_size_in_bytes
@@ -192,7 +194,7 @@ def test_implicit_gradient_takes_the_memory_of_few_steps(key):
 
 def test_reptile_is_the_way_to_the_adapted_parameters(key):
     task = Task(example(key), example(jax.random.fold_in(key, 1)))
-    learner = learners.reptile(MLP, inner=SGD, steps=2)
+    learner = learners.reptile(MLP, optimizer=SGD, steps=2)
 
     @jax.jit
     def run(meta):
@@ -211,7 +213,7 @@ def test_reptile_is_the_way_to_the_adapted_parameters(key):
 def test_anil_and_the_body_alone_move_what_their_names_say(key):
     batch = example(key)
     for adapted in ("head", "body"):
-        learner = learners.maml(MLP, inner=SGD, steps=2, adapted=adapted)
+        learner = learners.maml(MLP, optimizer=SGD, steps=2, adapted=adapted)
         meta = jax.jit(learner.init)(key, batch.x)
         params = jax.jit(learner.adapt)(key, meta, batch)
         for name, layer in params["params"].items():
@@ -227,8 +229,8 @@ def test_anil_is_maml_with_a_body_that_stays(key):
         lambda params: {"params": {name: "head" if name == "head" else "body" for name in params["params"]}},
     )
     for head in ("meta", "prototypes"):
-        a = learners.anil(MLP, inner=SGD, steps=3, head=head)
-        b = learners.maml(MLP, inner=still, steps=3, head=head)
+        a = learners.anil(MLP, optimizer=SGD, steps=3, head=head)
+        b = learners.maml(MLP, optimizer=still, steps=3, head=head)
         meta = jax.jit(a.init)(key, batch.x)
         jax.tree.map(
             lambda p, q: np.testing.assert_allclose(p, q, atol=1e-5),
@@ -244,23 +246,23 @@ def adapted(learner, key, batch):
 
 def test_learned_rates_begin_as_plain_steps_and_scale_them(key):
     batch = example(key)
-    _, plain = adapted(learners.maml(MLP, inner=SGD, steps=2), key, batch)
+    _, plain = adapted(learners.maml(MLP, optimizer=SGD, steps=2), key, batch)
     for options in ({"rates": "tensor"}, {"rates": "parameter", "per_step": True}):
-        learner = learners.maml(MLP, inner=SGD, steps=2, **options)
+        learner = learners.maml(MLP, optimizer=SGD, steps=2, **options)
         meta, same = adapted(learner, key, batch)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), same, plain)
-        doubled = {**meta, "inner": jax.tree.map(lambda leaf: 2 * leaf, meta["inner"])}
-        _, wanted = adapted(learners.maml(MLP, inner=optax.sgd(0.6), steps=2), key, batch)
+        doubled = {**meta, "hyper": jax.tree.map(lambda leaf: 2 * leaf, meta["hyper"])}
+        _, wanted = adapted(learners.maml(MLP, optimizer=optax.sgd(0.6), steps=2), key, batch)
         got = jax.jit(learner.adapt)(key, doubled, batch)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, wanted)
 
 
 def test_a_closed_gate_ends_the_inner_loop(key):
     batch = example(key)
-    learner = learners.maml(MLP, inner=SGD, steps=4, learn=("steps",))
+    learner = learners.maml(MLP, optimizer=SGD, steps=4, learn=("steps",))
     meta = jax.jit(learner.init)(key, batch.x)
-    gated = {**meta, "inner": {"gates": jnp.asarray([50.0, 50.0, -50.0, 50.0])}}  # the fourth cannot open again
-    _, two = adapted(learners.maml(MLP, inner=SGD, steps=2), key, batch)
+    gated = {**meta, "hyper": {"gates": jnp.asarray([50.0, 50.0, -50.0, 50.0])}}  # the fourth cannot open again
+    _, two = adapted(learners.maml(MLP, optimizer=SGD, steps=2), key, batch)
     got = jax.jit(learner.adapt)(key, gated, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, two)
 
@@ -269,12 +271,12 @@ def test_micro_batches_change_nothing_but_memory(key):
     batch = pad_batch(example(key, (8, 8, 1), 7), 9)
     model = models.Conv4(3, filters=4, blocks=1, norm="group", groups=2)
     for head in ("meta", "prototypes"):
-        _, whole = adapted(learners.maml(model, inner=SGD, steps=2, head=head), key, batch)
-        _, parts = adapted(learners.maml(model, inner=SGD, steps=2, head=head, microbatch=2), key, batch)
+        _, whole = adapted(learners.maml(model, optimizer=SGD, steps=2, head=head), key, batch)
+        _, parts = adapted(learners.maml(model, optimizer=SGD, steps=2, head=head, microbatch=2), key, batch)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), parts, whole)
 
     def temporary(microbatch):
-        learner = learners.maml(models.Conv4(3), inner=SGD, steps=2, first_order=True, microbatch=microbatch)
+        learner = learners.maml(models.Conv4(3), optimizer=SGD, steps=2, first_order=True, microbatch=microbatch)
         many = jax.eval_shape(lambda: example(key, (28, 28, 1), 256))
         meta = jax.eval_shape(learner.init, key, many.x)
         return jax.jit(learner.adapt).lower(key, meta, many).compile().memory_analysis().temp_size_in_bytes
@@ -285,7 +287,7 @@ def test_micro_batches_change_nothing_but_memory(key):
 def test_minibatches_are_real_rows_and_change_from_step_to_step(key):
     """With a linear loss in the rows the path shows which rows were seen: each step moves by one row alone."""
     batch = Batch(x=jnp.eye(6), y=jnp.zeros(6, jnp.int32), weight=jnp.asarray([1.0, 1, 1, 1, 0, 0]))
-    adaptation = gradient_steps(models.MLP(2, hidden=()), inner=SGD, steps=12, minibatch=1)
+    adaptation = gradient_steps(models.MLP(2, hidden=()), optimizer=SGD, steps=12, minibatch=1)
 
     @jax.jit
     def run(meta):
@@ -303,7 +305,7 @@ def test_rematerialised_steps_hold_the_activations_of_one(key):
     model, task = models.Conv4(5, norm="none"), Task(example(key, (28, 28, 1), 20), example(key, (28, 28, 1), 20))
 
     def temporary(steps, remat=True):
-        learner = learners.maml(model, inner=SGD, steps=steps, remat=remat)
+        learner = learners.maml(model, optimizer=SGD, steps=steps, remat=remat)
         meta = jax.eval_shape(learner.init, key, task.query.x)
         step = jax.jit(lambda meta, task: learner.meta_grad(key, meta, task, step=jnp.int32(0))[0])
         return step.lower(meta, task).compile().memory_analysis().temp_size_in_bytes
@@ -315,7 +317,7 @@ def test_rematerialised_steps_hold_the_activations_of_one(key):
 
 def test_statistics_of_the_support_make_predictions_independent_of_their_neighbours(key):
     batch, rows = example(key, (4, 4, 1)), jax.random.normal(key, (6, 4, 4, 1))
-    plain = learners.maml(CONV, inner=SGD, steps=1)
+    plain = learners.maml(CONV, optimizer=SGD, steps=1)
     _, params = adapted(plain, key, batch)
     fixed = jax.jit(lambda params, batch: learners.support_statistics(CONV, params, batch))(params, batch)
     predict = jax.jit(plain.predict)
@@ -324,7 +326,7 @@ def test_statistics_of_the_support_make_predictions_independent_of_their_neighbo
     together, alone = predict(fixed, rows).logits[0, :3], predict(fixed, rows[:3]).logits[0]
     np.testing.assert_allclose(together, alone, atol=1e-5)
     np.testing.assert_allclose(predict(fixed, batch.x).logits, predict(params, batch.x).logits, atol=1e-5)
-    _, same = adapted(learners.maml(CONV, inner=SGD, steps=1, statistics="support"), key, batch)
+    _, same = adapted(learners.maml(CONV, optimizer=SGD, steps=1, statistics="support"), key, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), same, fixed)
     padded = jax.jit(lambda params, batch: learners.support_statistics(CONV, params, batch))(
         params, pad_batch(batch, 9)
@@ -413,7 +415,7 @@ def test_supervised_rows_have_the_sets_own_classes(key):
     x = np.zeros((12, 4, 4, 1), np.uint8)
     x[:, 0, 0, 0] = np.arange(12)
     data = jax.device_put(tasks.class_data(x, np.arange(12) % 3))
-    task = jax.jit(tasks.supervised(rows=200, rotations=True))(key, data)
+    task = jax.jit(tasks.minibatches(rows=200, rotations=True))(key, data)
     assert task.support.weight.sum() == 0
     corner = np.asarray(task.query.x)[..., 0]
     places = np.stack(
@@ -423,52 +425,52 @@ def test_supervised_rows_have_the_sets_own_classes(key):
     seen = row > 0  # row 0 is all zeros, whichever way it is turned
     np.testing.assert_array_equal(task.query.y[seen], (3 * turn + row % 3)[seen])
     assert set(np.asarray(task.query.y)) == set(range(12))
-    plain = jax.jit(tasks.supervised(rows=50))(key, data)
+    plain = jax.jit(tasks.minibatches(rows=50))(key, data)
     np.testing.assert_array_equal(plain.query.y, np.asarray(plain.query.x)[:, 0, 0, 0] % 3)
 
 
-STEPS = gradient_steps(MLP, inner=SGD, steps=2)
+STEPS = gradient_steps(MLP, optimizer=SGD, steps=2)
 RIDGE = learners.closed_form(MLP, learners.ridge_head, settings={"ridge": 1.0})
 WRONG = {
     "first_order is about inner steps": lambda: through(RIDGE, first_order=True),
     "takes none": lambda: through(RIDGE, multi_step=lambda s: s),
-    "says nothing of learned rates": lambda: learners.reptile(MLP, inner=SGD, steps=1, rates="tensor"),
-    "all parameters must start": lambda: learners.reptile(MLP, inner=SGD, steps=1, adapted="head"),
+    "says nothing of learned rates": lambda: learners.reptile(MLP, optimizer=SGD, steps=1, rates="tensor"),
+    "all parameters must start": lambda: learners.reptile(MLP, optimizer=SGD, steps=1, adapted="head"),
     "use through for closed forms": lambda: learners.reptile_difference(RIDGE),
     "needs proximal > 0 or decay > 0": lambda: learners.implicit(STEPS, solver_steps=3),
     "its gradient is exact": lambda: learners.implicit(RIDGE, solver_steps=3),
     "does not depend on learned rates": lambda: learners.implicit_maml(
-        MLP, inner=SGD, steps=1, proximal=1.0, rates="tensor"
+        MLP, optimizer=SGD, steps=1, proximal=1.0, rates="tensor"
     ),
     "minimum over all parameters does not depend": lambda: learners.implicit(
-        gradient_steps(MLP, inner=SGD, steps=2, decay=0.1), solver_steps=3
+        gradient_steps(MLP, optimizer=SGD, steps=2, decay=0.1), solver_steps=3
     ),
     "first_order stops the gradients by which decay": lambda: learners.maml(
-        MLP, inner=SGD, steps=2, first_order=True, decay=0.1, learn=("decay",)
+        MLP, optimizer=SGD, steps=2, first_order=True, decay=0.1, learn=("decay",)
     ),
-    "embedding is computed once": lambda: learners.anil(CONV, inner=SGD, steps=2, per_step_norm=True),
+    "embedding is computed once": lambda: learners.anil(CONV, optimizer=SGD, steps=2, per_step_norm=True),
     "pre-training takes no inner step": lambda: learners.fine_tune(MLP, optimizer=SGD, steps=1, rates="tensor"),
     "needs all rows at once": lambda: gradient_steps(
-        models.ResNet12(3, filters=(4,)), inner=SGD, steps=1, microbatch=2
+        models.ResNet12(3, filters=(4,)), optimizer=SGD, steps=1, microbatch=2
     ),
     "temperature must be above 0": lambda: learners.protonet(MLP, temperature=0.0),
-    "needs a last layer named 'head'": lambda: learners.anil(Headless(), inner=SGD, steps=1).init(
+    "needs a last layer named 'head'": lambda: learners.anil(Headless(), optimizer=SGD, steps=1).init(
         jax.random.key(0), jnp.zeros((1, 4))
     ),
     "solver_steps must be at least 1": lambda: learners.implicit_maml(
-        MLP, inner=SGD, steps=1, proximal=1.0, solver_steps=0
+        MLP, optimizer=SGD, steps=1, proximal=1.0, solver_steps=0
     ),
-    "'rate' cannot be learned": lambda: gradient_steps(MLP, inner=SGD, steps=1, learn=("rate",)),
-    "a learned decay starts": lambda: gradient_steps(MLP, inner=SGD, steps=1, learn=("decay",)),
-    "learn it with head='prototypes'": lambda: gradient_steps(MLP, inner=SGD, steps=1, learn=("temperature",)),
-    "remat needs the steps in a loop": lambda: gradient_steps(MLP, inner=SGD, steps=2, remat=True, unroll=True),
-    "per_step needs rates": lambda: gradient_steps(MLP, inner=SGD, steps=1, per_step=True),
-    "a batch norm layer needs all rows": lambda: gradient_steps(CONV, inner=SGD, steps=1, microbatch=2),
-    "adapted must be one of": lambda: gradient_steps(MLP, inner=SGD, steps=1, adapted="tail"),
+    "'rate' cannot be learned": lambda: gradient_steps(MLP, optimizer=SGD, steps=1, learn=("rate",)),
+    "a learned decay starts": lambda: gradient_steps(MLP, optimizer=SGD, steps=1, learn=("decay",)),
+    "learn it with head='prototypes'": lambda: gradient_steps(MLP, optimizer=SGD, steps=1, learn=("temperature",)),
+    "remat needs the steps in a loop": lambda: gradient_steps(MLP, optimizer=SGD, steps=2, remat=True, unroll=True),
+    "per_step needs rates": lambda: gradient_steps(MLP, optimizer=SGD, steps=1, per_step=True),
+    "a batch norm layer needs all rows": lambda: gradient_steps(CONV, optimizer=SGD, steps=1, microbatch=2),
+    "adapted must be one of": lambda: gradient_steps(MLP, optimizer=SGD, steps=1, adapted="tail"),
     "statistics must be": lambda: learners.r2d2(MLP, statistics="running"),
     "no setting of this head": lambda: learners.protonet(MLP, learn=("ridge",)),
     "over must be at least 1": lambda: learners.annealed(3, 0),
-    "rows must be at least 1": lambda: tasks.supervised(rows=0),
+    "rows must be at least 1": lambda: tasks.minibatches(rows=0),
     "has no norm layer": lambda: learners.maml_plus_plus(MLP, rate=0.1, steps=1, anneal_steps=1).init(
         jax.random.key(0), jnp.zeros((1, 4))
     ),

@@ -8,7 +8,7 @@ import pytest
 
 from metaal_jax import Learner, Task, learners, models, outer_loop, parallel, tasks
 
-LEARNER = learners.maml(models.MLP(3, hidden=(16,)), inner=optax.sgd(0.3), steps=1)
+LEARNER = learners.maml(models.MLP(3, hidden=(16,)), optimizer=optax.sgd(0.3), steps=1)
 SAMPLER = tasks.few_shot(ways=3, shots=1, queries=3)
 OPTIMIZER = optax.adam(0.01)
 STEPS = 4

@@ -8,7 +8,7 @@ import pytest
 
 from metaal_jax import acquisition, active_learner, learners, models, parallel, tasks
 
-LEARNER = learners.maml(models.MLP(3, hidden=()), inner=optax.sgd(0.1), steps=1)
+LEARNER = learners.maml(models.MLP(3, hidden=()), optimizer=optax.sgd(0.1), steps=1)
 
 
 def test_split_rows_gives_back_all_rows_in_order():

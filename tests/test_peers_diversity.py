@@ -114,7 +114,7 @@ def test_prob_cover_finds_the_radius_of_a_fine_grid(key):
     view, z, y = pool(embedding=np.eye(5)[np.arange(N) % 2] + 0.2 * rng.normal(size=(N, 5)), unit=True)
     theirs = ProbCover(n_classes=2, deltas=np.arange(0.1, 1.5, 0.001), alpha=0.9, random_state=0)
     theirs.query(z, y)
-    state = jax.jit(acquisition.prob_cover(k=1, classes=2, purity=0.9).begin)((), key, view)
+    state = jax.jit(acquisition.prob_cover(k=1, classes=2, purity=0.9).begin)(key, (), view)
     assert abs(float(state[-1]) - theirs.delta_max_) < 0.0025
 
 

@@ -54,7 +54,7 @@ def test_batches_of_batchbald_redux(key, seed):
     """All configurations summed on both sides: the same rows in the same order, with the same joint scores."""
     view, probs = pool(seed, n=40, classes=4, members=20)
     theirs = batchbald.get_batchbald_batch(for_torch(probs), 4, 10_000, dtype=torch.double)
-    ours = jax.jit(lambda key, view: acquisition.batch_bald(k=4).act((), (), key, view)[0])(key, view)
+    ours = jax.jit(lambda key, view: acquisition.batch_bald(k=4).act(key, (), (), view)[0])(key, view)
     assert ours.index.tolist() == theirs.indices
     np.testing.assert_allclose(plain_batch_bald(probs, view.available, 4)[1], theirs.scores, atol=1e-9)
 
@@ -67,7 +67,7 @@ def test_drawn_configurations_do_as_well_as_those_of_batchbald_redux(key):
         torch.manual_seed(seed)
         theirs = batchbald.get_batchbald_batch(for_torch(probs), 5, 200, dtype=torch.double).indices
         rule = acquisition.batch_bald(k=5, configurations=200)
-        ours = jax.jit(lambda key, view, rule=rule: rule.act((), (), key, view)[0])(key, view).index.tolist()
+        ours = jax.jit(lambda key, view, rule=rule: rule.act(key, (), (), view)[0])(key, view).index.tolist()
         assert ours[:4] == theirs[:4]  # 1, 4, 16 and 64 configurations
         gaps.append(joint_information(probs, ours) - joint_information(probs, theirs))
     assert min(gaps) > -0.02

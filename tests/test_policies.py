@@ -181,29 +181,29 @@ class TestLearned:
         policy, batch = (policies.learned(NETWORKS[name], k=k, plan=10) for k in (1, 4))
         check_policy(policy, key, view, k=1)
         params = bent(batch.init(key), key)
-        wanted, _ = batch.act(params, batch.begin(params, key, view), key, view)
-        state, asked = policy.begin(params, key, view), []
+        wanted, _ = batch.act(key, params, batch.begin(key, params, view), view)
+        state, asked = policy.begin(key, params, view), []
         for turn in range(5):
             seen = view._replace(queried=view.queried.at[jnp.asarray(asked, int)].set(True))
-            decision, state = policy.act(params, state, key if turn == 0 else jax.random.fold_in(key, turn), seen)
+            decision, state = policy.act(key if turn == 0 else jax.random.fold_in(key, turn), params, state, seen)
             asked.append(int(decision.index[0]))
         assert asked[:4] == wanted.index.tolist()
         assert len(set(asked)) == 5
-        assert batch.observe is None  # how many classes there are is not known before it acts
-        assert policies.learned(NETWORKS[name], k=10, plan=10).observe is not None
+        assert batch.train is None  # how many classes there are is not known before it acts
+        assert policies.learned(NETWORKS[name], k=10, plan=10).train is not None
 
     def test_log_probabilities_by_enumeration(self, name, key):
         """All ordered batches of a tiny pool: `evaluate` sums to 1, agrees with `act`, and with how often it draws."""
         policy = policies.learned(NETWORKS[name], k=2, sample=True)
         view = make_view(0, 5, labelled=(1,))
         params = bent(policy.init(key), key)
-        state = policy.begin(params, key, view)
+        state = policy.begin(key, params, view)
         batches = jnp.asarray(list(itertools.permutations([0, 2, 3, 4], 2)), jnp.int32)
-        observation = policy.observe(state, key, view)
-        log_prob = jax.jit(jax.vmap(lambda index: policy.evaluate(params, observation, index)[0]))(batches)
+        observation = policy.train.observe(key, state, view)
+        log_prob = jax.jit(jax.vmap(lambda index: policy.train.evaluate(params, observation, index)[0]))(batches)
         np.testing.assert_allclose(jnp.exp(log_prob).sum(), 1.0, rtol=1e-4)
         keys = jax.random.split(key, 4000)
-        drawn = jax.jit(jax.vmap(lambda key: policy.act(params, state, key, view)[0]))(keys)
+        drawn = jax.jit(jax.vmap(lambda key: policy.act(key, params, state, view)[0]))(keys)
         which = (drawn.index[:, None] == batches).all(-1)
         assert which.any(1).all()
         np.testing.assert_allclose(drawn.log_prob, log_prob[which.argmax(1)], rtol=1e-3, atol=1e-4)
@@ -216,8 +216,8 @@ class TestLearned:
         policy = policies.learned(network, k=4)
         view = make_view(2, 25)
         params = policy.init(key)
-        state = policy.begin(params, key, view)
-        decision, _ = jax.jit(policy.act)(params, state, key, view)
+        state = policy.begin(key, params, view)
+        decision, _ = jax.jit(policy.act)(key, params, state, view)
         kernel = np.asarray(jnp.exp(-squared_distances(*(2 * [state.geometry.embedding])) / state.geometry.width))
         covered, wanted = np.zeros(25), []
         for _ in range(4):
@@ -231,7 +231,7 @@ class TestLearned:
         policy = policies.learned(NETWORKS[name], k=3, sample=True)
         view = labelled_view()
         params = bent(policy.init(key), key)
-        act = jax.jit(lambda view: policy.act(params, policy.begin(params, key, view), key, view)[0])
+        act = jax.jit(lambda view: policy.act(key, params, policy.begin(key, params, view), view)[0])
         order = np.random.default_rng(1).permutation(20)
         assert order[act(reorder(view, order)).index].tolist() == act(view).index.tolist()
 
@@ -240,7 +240,7 @@ class TestLearned:
         policy = policies.learned(NETWORKS[name], k=2, anchors=100)
         params = policy.init(key)
         view = make_view(0, n, classes=classes, members=members, labelled=(4,))
-        decision, _ = jax.jit(lambda v: policy.act(params, policy.begin(params, key, v), key, v))(view)
+        decision, _ = jax.jit(lambda v: policy.act(key, params, policy.begin(key, params, v), v))(view)
         assert decision.valid.all()
         assert not view.queried[decision.index].any()
 
@@ -287,7 +287,7 @@ def test_a_trained_policy_is_a_rule_like_any_other(key):
     params = bent(policy.init(key), key)
     rule = policies.fixed(policy, params)
     view = labelled_view()
-    act = lambda policy, params: policy.act(params, policy.begin(params, key, view), key, view)[0]  # noqa: E731
+    act = lambda policy, params: policy.act(key, params, policy.begin(key, params, view), view)[0]  # noqa: E731
     wanted, found = jax.jit(lambda: (act(policy, params), act(rule, ())))()
     assert found.index.tolist() == wanted.index.tolist()
     both = policies.selector([rule, acquisition.top_k(acquisition.random, k=2)], NETWORKS["row"], k=2)
@@ -311,18 +311,20 @@ def test_what_is_drawn_is_what_is_evaluated(key):
     policy = policies.learned(NETWORKS["row"], k=3, sample=True, candidates=15, shortlist=8)
     view = make_view(0, 40, labelled=(1,))
     params = bent(policy.init(key), key)
-    state = policy.begin(params, key, view)
+    state = policy.begin(key, params, view)
 
     @jax.jit
     def both(key):
-        decision = policy.act(params, state, key, view)[0]
-        return decision.log_prob, policy.evaluate(params, policy.observe(state, key, view), decision.index)[0]
+        decision = policy.act(key, params, state, view)[0]
+        return decision.log_prob, policy.train.evaluate(params, policy.train.observe(key, state, view), decision.index)[
+            0
+        ]
 
     drawn, evaluated = jax.vmap(both)(jax.random.split(key, 8))
     np.testing.assert_allclose(drawn, evaluated, rtol=1e-3, atol=1e-4)
-    seen = policy.observe(state, key, view)
+    seen = policy.train.observe(key, state, view)
     elsewhere = jnp.setdiff1d(jnp.arange(40), seen.position)[:3].astype(jnp.int32)
-    assert policy.evaluate(params, seen, elsewhere)[0] == -jnp.inf
+    assert policy.train.evaluate(params, seen, elsewhere)[0] == -jnp.inf
     trainer = policies.ppo(TOY, policies.learned(NETWORKS["row"], k=1, sample=True), toy_problem, budget=4,
                            optimizer=optax.sgd(0.0), episodes=4, minibatches=1)  # fmt: skip
     assert train(trainer, key, 1)[1]["clipped"] == 0
@@ -337,7 +339,7 @@ def test_padding_leaves_a_batch_alone(key):
         **{name: getattr(view, name)[:25] for name in ("x", "row", "weight", "queried", "cost")},
         prediction=jax.tree.map(lambda leaf: leaf[:, :25], view.prediction),
     )
-    act = jax.jit(lambda view: policy.act(params, policy.begin(params, key, view), key, view)[0])
+    act = jax.jit(lambda view: policy.act(key, params, policy.begin(key, params, view), view)[0])
     assert act(view).index.tolist() == act(short).index.tolist()
 
 
@@ -444,7 +446,7 @@ def test_the_policy_gradient_is_that_of_the_expected_return(key):
         log_prob, gained = 0.0, 0.0
         for row in order:
             decision, state = active.ask(key, meta, params, state, problem)
-            log_prob += policy.evaluate(params, state.policy_state.observation, row[None])[0]
+            log_prob += policy.train.evaluate(params, state.policy_state.observation, row[None])[0]
             decision = decision._replace(index=row[None], valid=jnp.ones(1, bool))
             state = active.tell(key, meta, state, problem, decision, problem.y[row[None]], jnp.ones(1))
             logits = TOY.predict(state.params, problem.test.x).logits[0]
@@ -480,12 +482,12 @@ def test_the_policy_gradient_is_that_of_the_expected_return(key):
 def test_evolution_follows_the_gradient_of_the_smoothed_return(key):
     """A policy asks for the good row if its parameter is positive, so the return under noise is a normal one's."""
 
-    def act(params, state, key, view):
+    def act(key, params, state, view):
         good = view.x[:, 0] > 0.5
         index = jnp.where(params > 0, good.argmax(), (~good).argmax())[None].astype(jnp.int32)
         return Decision(index=index, valid=jnp.ones(1, bool), log_prob=jnp.zeros(()), scores=jnp.zeros(2)), state
 
-    policy = Policy(init=lambda key: jnp.float32(0.2), begin=lambda params, key, view: (), act=act)
+    policy = Policy(init=lambda key: jnp.float32(0.2), begin=lambda key, params, view: (), act=act)
     trainer = policies.evolution(
         TOY, policy, functools.partial(toy_problem, n=2), optimizer=optax.sgd(1.0), budget=1, problems=1, pairs=1,
         deviation=0.5,
@@ -557,9 +559,9 @@ def test_relaxed_choice_tends_to_the_hard_one(k, key):
     policy = policies.learned(network, k=k)
     view = labelled_view()
     params = bent(policy.init(key), key)
-    seen = policy.observe(policy.begin(params, key, view), key, view)
+    seen = policy.train.observe(key, policy.begin(key, params, view), view)
     noise = jax.random.gumbel(key, (k, 20))
-    relax = jax.jit(functools.partial(policies.relaxed_batch, policy.score))
+    relax = jax.jit(functools.partial(policies.relaxed_batch, policy.train.score))
     hard = np.zeros(20)
     distance = []
     for temperature in (1.0, 0.3, 0.1, 0.001):
@@ -592,8 +594,8 @@ def test_gradients_at_the_hard_choice(estimator, key):
     policy = policies.learned(NETWORKS["row"], k=1)
     view = make_view(0, 6)
     params = bent(policy.init(key), key)
-    seen = policy.observe(policy.begin(params, key, view), key, view)
-    scores = policy.score(params, seen)[0]
+    seen = policy.train.observe(key, policy.begin(key, params, view), view)
+    scores = policy.train.score(params, seen)[0]
     linear, square = jax.random.normal(key, (6,)), jax.random.normal(jax.random.fold_in(key, 1), (6, 6))
     loss = lambda choice: linear @ choice + choice @ square @ choice  # noqa: E731
     each = jax.vmap(loss)(jnp.eye(6))
@@ -668,12 +670,12 @@ class TestSelector:
         view = make_view(0, 20, labelled=(1, 2), padding=3, members=1, classes=2)
         check_policy(policy, key, view, k=2)
         params = bent(policy.init(key), key)
-        state = policy.begin(params, key, view)
-        seen = policy.observe(state, key, view)
+        state = policy.begin(key, params, view)
+        seen = policy.train.observe(key, state, view)
         # With two classes entropy and confidence order alike, so the first two rules propose the same rows.
         assert set(seen.index[0].tolist()) == set(seen.index[1].tolist()) != set(seen.index[2].tolist())
-        both = policy.evaluate(params, seen, seen.index[0])[0]
-        third = policy.evaluate(params, seen, seen.index[2])[0]
+        both = policy.train.evaluate(params, seen, seen.index[0])[0]
+        third = policy.train.evaluate(params, seen, seen.index[2])[0]
         np.testing.assert_allclose(jnp.exp(both) + jnp.exp(third), 1.0, rtol=1e-4)
 
     def test_reinforcement_finds_the_better_rule(self, key):

@@ -18,7 +18,7 @@ from metaal_jax.rows import nearest_neighbours, place_in_group, squared_distance
 LINEAR, SGD = models.MLP(3, hidden=()), optax.sgd(0.3)
 TUNED = learners.fine_tune(LINEAR, optimizer=SGD, steps=3)
 DEEP = learners.fine_tune(models.MLP(3, hidden=(5,)), optimizer=SGD, steps=3)
-PROTOTYPES = learners.maml(LINEAR, inner=optax.identity(), steps=0, head="prototypes")
+PROTOTYPES = learners.maml(LINEAR, optimizer=optax.identity(), steps=0, head="prototypes")
 DROPPED = learners.mc_dropout(models.MLP(3, hidden=(5,), dropout=0.4), optimizer=SGD, steps=2, members=3)
 WRAPPED = {
     "pseudo_labels": pseudo_labels(TUNED, rows=6, rounds=2, chunk=4),

@@ -84,7 +84,7 @@ CASES = {members: cases(members) for members in (1, 3)}
 def decide(policy, params):
     def run(key, view):
         begin_key, act_key = jax.random.split(key)
-        return policy.act(params, policy.begin(params, begin_key, view), act_key, view)[0]
+        return policy.act(act_key, params, policy.begin(begin_key, params, view), view)[0]
 
     return run
 

@@ -52,4 +52,4 @@ def reorder(view, order):
 
 def run(rule):
     """The first decision of a rule without parameters: a compiled `(key, view) -> Decision`."""
-    return jax.jit(lambda key, view: rule.act((), rule.begin((), key, view), key, view)[0])
+    return jax.jit(lambda key, view: rule.act(key, (), rule.begin(key, (), view), view)[0])

@@ -5,7 +5,7 @@ the lifts leave those out.
 """
 
 from metaal_jax.acquisition.batches import class_balanced, diverse, stochastic_top_k
-from metaal_jax.acquisition.clustering import cluster_balanced, k_means, kmeans, typiclust
+from metaal_jax.acquisition.clustering import cluster_balanced, k_means, lloyd, typiclust
 from metaal_jax.acquisition.combinators import (
     epsilon_mixture,
     per_cost,
@@ -65,8 +65,8 @@ __all__ = [
     "k_center",
     "k_means",
     "k_medoids",
-    "kmeans",
     "least_confident",
+    "lloyd",
     "margin",
     "max_herding",
     "mean_kl",

@@ -43,7 +43,7 @@ def stochastic_top_k(
     if kind not in ("softmax", "power", "rank"):
         raise ValueError(f"stochastic_top_k: kind must be 'softmax', 'power' or 'rank', got {kind!r}")
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         check_count(k, view.row.shape[0])
         score_key, noise_key, tie_key = jax.random.split(key, 3)
         scores = scorer(score_key, view)
@@ -86,7 +86,7 @@ def class_balanced(scorer: Scorer, *, k: int) -> Policy:
     """
     require(k >= 1, f"class_balanced: k must be at least 1, got {k}")
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         score_key, tie_key = jax.random.split(key)
         # -inf is kept for rows of classes that are not due.
         scores = _finite(scorer(score_key, view))
@@ -139,7 +139,7 @@ def diverse(
         require((balance >= 0) & (balance <= 1), f"diverse: balance must lie in [0, 1], got {balance}")
     distance = _euclidean if distance is None else distance
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         score_key, tie_key = jax.random.split(key)
         available = view.available
         scores = _finite(scorer(score_key, view))

@@ -42,7 +42,7 @@ def nearest(x: Array, centres: Array, used: Array) -> Array:
     return jax.vmap(one)(x) if x.shape[0] <= 2048 else lax.map(one, x, batch_size=2048)
 
 
-def kmeans(
+def lloyd(
     key: Array,
     x: Array,
     weight: Array,
@@ -133,7 +133,7 @@ def k_means(*, k: int, iterations: int = 10, scorer: Scorer | None = None) -> Po
     for name, value in (("k", k), ("iterations", iterations)):
         require(value >= 1, f"k_means: {name} must be at least 1, got {value}")
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         cluster_key, score_key, pick_key = jax.random.split(key, 3)
         embedding = centred(view)
         real = (view.weight > 0).astype(jnp.float32)
@@ -141,7 +141,7 @@ def k_means(*, k: int, iterations: int = 10, scorer: Scorer | None = None) -> Po
         if scorer is not None:
             weight = real * jnp.maximum(scorer(score_key, view), 0.0)
             weight = jnp.where(weight.max() > 0, weight, real)
-        centres, assignment = kmeans(
+        centres, assignment = lloyd(
             cluster_key,
             embedding,
             weight,
@@ -194,13 +194,13 @@ def typiclust(
     for name, value in given.items():
         require(value >= 1, f"typiclust: {name} must be at least 1, got {value}")
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         cluster_key, order_key, pick_key = jax.random.split(key, 3)
         embedding = unit_rows(view.prediction.embedding.mean(0))
         n, real = embedding.shape[0], view.weight > 0
         labelled = view.labelled_index >= 0
         most = min(labelled.size + k, clusters, n)
-        _, assignment = kmeans(
+        _, assignment = lloyd(
             cluster_key,
             embedding,
             real.astype(jnp.float32),
@@ -276,9 +276,9 @@ def cluster_balanced(scorer: Scorer, *, k: int, clusters: int | None = None, ite
     def begin(key: Array, view: PoolView) -> PyTree:
         embedding, weight = centred(view), (view.weight > 0).astype(jnp.float32)
         number = min(k if clusters is None else clusters, embedding.shape[0])
-        return kmeans(key, embedding, weight, view.row, clusters=number, iterations=iterations)[1]
+        return lloyd(key, embedding, weight, view.row, clusters=number, iterations=iterations)[1]
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         n = view.row.shape[0]
         check_count(k, n)
         score_key, tie_key = jax.random.split(key)

@@ -86,7 +86,7 @@ def subsampled(policy: Policy, *, rows: int) -> Policy:
     """
     require(rows >= 1, f"subsampled: rows must be at least 1, got {rows}")
 
-    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+    def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
         draw_key, begin_key, act_key = jax.random.split(key, 3)
         n, capacity = view.row.shape[0], view.labelled_index.shape[0]
         count = min(rows, n)
@@ -102,12 +102,12 @@ def subsampled(policy: Policy, *, rows: int) -> Policy:
             prediction=jax.tree.map(lambda leaf: leaf[:, place], view.prediction),
             labelled_index=jnp.where(known, jnp.arange(capacity, dtype=jnp.int32), -1),
         )
-        decision, _ = policy.act(policy_params, policy.begin(policy_params, begin_key, small), act_key, small)
+        decision, _ = policy.act(act_key, policy_params, policy.begin(begin_key, policy_params, small), small)
         check_count(decision.index.shape[0], count)
         scores = jnp.full(n, -jnp.inf).at[drawn].set(jnp.where(found, decision.scores[capacity:], -jnp.inf))
         return decision._replace(index=place[decision.index], scores=scores), policy_state
 
-    return Policy(init=policy.init, begin=lambda policy_params, key, view: (), act=act)
+    return Policy(init=policy.init, begin=lambda key, policy_params, view: (), act=act)
 
 
 def with_learner(policy: Policy, learner: Learner, *, own_start: bool = False, chunk: int | None = None) -> Policy:
@@ -134,17 +134,17 @@ def with_learner(policy: Policy, learner: Learner, *, own_start: bool = False, c
         prediction = predict_pool(learner, params, view.x, chunk=chunk)
         return view._replace(meta=meta, params=params, prediction=prediction)
 
-    def begin(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
+    def begin(key: Array, policy_params: PyTree, view: PoolView) -> PyTree:
         init_key, adapt_key, begin_key = jax.random.split(key, 3)
         own = learner.init(init_key, view.x) if own_start else ()
         shown = show(adapt_key, own if own_start else view.meta, view)
-        return own, policy.begin(policy_params, begin_key, shown)
+        return own, policy.begin(begin_key, policy_params, shown)
 
-    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+    def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
         own, inner = policy_state
         adapt_key, act_key = jax.random.split(key)
         shown = show(adapt_key, own if own_start else view.meta, view)
-        decision, inner = policy.act(policy_params, inner, act_key, shown)
+        decision, inner = policy.act(act_key, policy_params, inner, shown)
         return decision, (own, inner)
 
     return Policy(init=policy.init, begin=begin, act=act)
@@ -170,19 +170,19 @@ def epsilon_mixture(policy: Policy, other: Policy, *, epsilon: float | Array) ->
     def init(key: Array) -> PyTree:
         return tuple(p.init(k) for p, k in zip(both, jax.random.split(key), strict=True))
 
-    def begin(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
+    def begin(key: Array, policy_params: PyTree, view: PoolView) -> PyTree:
         keys = jax.random.split(key)
-        return tuple(p.begin(own, k, view) for p, own, k in zip(both, policy_params or ((), ()), keys, strict=True))
+        return tuple(p.begin(k, own, view) for p, own, k in zip(both, policy_params or ((), ()), keys, strict=True))
 
-    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+    def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
         params = policy_params or ((), ())
         draw_key, own_key, other_key = jax.random.split(key, 3)
-        first, first_state = policy.act(params[0], policy_state[0], own_key, view)
+        first, first_state = policy.act(own_key, params[0], policy_state[0], view)
         k = first.index.shape[0]
         own = k - (jax.random.uniform(draw_key, (k,)) < epsilon).sum()
         kept = first.valid & (jnp.arange(k) < own)
         rest = view._replace(queried=view.queried.at[first.index].max(kept))
-        second, second_state = other.act(params[1], policy_state[1], other_key, rest)
+        second, second_state = other.act(other_key, params[1], policy_state[1], rest)
         if second.index.shape != (k,):
             raise ValueError(f"epsilon_mixture: batches of {k} and of {second.index.shape[0]} rows; give one size")
         place = jnp.arange(k) - own
@@ -227,11 +227,11 @@ def switch_at(policies: Sequence[Policy], *, labels: Sequence[int] | Array) -> P
         bought = (view.labelled_index >= 0).sum()
         return (bought >= jnp.asarray(points)).sum(dtype=jnp.int32), ((),) * count
 
-    def begin(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
-        return chosen.begin(numbered(view), key, view)
+    def begin(key: Array, policy_params: PyTree, view: PoolView) -> PyTree:
+        return chosen.begin(key, numbered(view), view)
 
-    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
-        return chosen.act(numbered(view), policy_state, key, view)
+    def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
+        return chosen.act(key, numbered(view), policy_state, view)
 
     return Policy(init=lambda key: (), begin=begin, act=act)
 
@@ -273,15 +273,15 @@ def planned(policy: Policy, *, rows: int, k: int = 1) -> Policy:
     """
     require(k >= 1 and rows >= k and rows % k == 0, f"planned: a plan of {rows} rows must be a multiple of k={k}")
 
-    def begin(policy_params: PyTree, key: Array, view: PoolView) -> Plan:
-        return Plan(policy.begin(policy_params, key, view), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
+    def begin(key: Array, policy_params: PyTree, view: PoolView) -> Plan:
+        return Plan(policy.begin(key, policy_params, view), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
 
-    def act(policy_params: PyTree, policy_state: Plan, key: Array, view: PoolView) -> tuple[Decision, Plan]:
+    def act(key: Array, policy_params: PyTree, policy_state: Plan, view: PoolView) -> tuple[Decision, Plan]:
         def left(plan: Plan) -> Array:
             return plan.valid & view.available[plan.index]
 
         def again(plan: Plan) -> Plan:
-            decision, inner = policy.act(policy_params, plan.inner, key, view)
+            decision, inner = policy.act(key, policy_params, plan.inner, view)
             if decision.index.shape[0] != rows:
                 raise ValueError(f"planned: the policy asks for {decision.index.shape[0]} rows, the plan is of {rows}")
             return Plan(inner, decision.index, decision.valid)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from metaal_jax.acquisition.clustering import kmeans
+from metaal_jax.acquisition.clustering import lloyd
 from metaal_jax.acquisition.diversity import centred, stand_ins, unit_rows
 from metaal_jax.acquisition.lifts import fixed_rule, pick_in_turn
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
@@ -86,7 +86,7 @@ def k_medoids(*, k: int, anchors: int = 1000, iterations: int = 2) -> Policy:
         require(value >= 1, f"k_medoids: {name} must be at least 1, got {value}")
     require(iterations >= 0, f"k_medoids: iterations must be at least 0, got {iterations}")
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         anchor_key, pick_key, noise_key = jax.random.split(key, 3)
         embedding, noise = centred(view), row_noise(noise_key, view.row)
         anchor, found = stand_ins(anchor_key, view, anchors)
@@ -127,7 +127,7 @@ def pure_radius(
     another cluster, so the radius is a quantile of that distance.
     """
     real = view.weight > 0
-    _, cluster = kmeans(key, embedding, real.astype(jnp.float32), view.row, clusters=classes, iterations=20)
+    _, cluster = lloyd(key, embedding, real.astype(jnp.float32), view.row, clusters=classes, iterations=20)
     other = (cluster[anchor][:, None] != cluster) & real
     distance = jnp.where(other, squared_distances(embedding[anchor], embedding), jnp.inf).min(-1)
     number = found.sum()
@@ -195,7 +195,7 @@ def prob_cover(
         require(held, f"prob_cover: no ball of radius {size} holds a second row; give a larger one")
         return embedding, anchor, found, size
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         embedding, anchor, found, size = policy_state
         inside = _inside(embedding, anchor, size)
         covered = (inside[:, view.labelled_index] & (view.labelled_index >= 0)).any(-1)
@@ -235,7 +235,7 @@ def max_herding(*, k: int, anchors: int = 1000, bandwidth: float | Array | None 
         require(value >= 1, f"max_herding: {name} must be at least 1, got {value}")
     require(bandwidth is None or bandwidth > 0, f"max_herding: bandwidth must be positive, got {bandwidth}")
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         anchor_key, pick_key = jax.random.split(key)
         embedding = unit_rows(view.prediction.embedding.mean(0))
         anchor, found = stand_ins(anchor_key, view, anchors)

@@ -83,7 +83,7 @@ def discriminative(*, k: int, sub_batches: int = 10, steps: int = 10, ridge: flo
     require(ridge > 0, f"discriminative: ridge must be positive, got {ridge}")
     size = -(-k // sub_batches)
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         embedding, real = centred(view), view.weight > 0
         n = embedding.shape[0]
         check_count(k, n)

@@ -74,7 +74,7 @@ def typical(*, k: int, neighbours: int = 20, anchors: int = 1000) -> Policy:
         mean = jnp.where(known, nearest, 0.0).sum(-1) / jnp.maximum(known.sum(-1), 1)
         return embedding, 1.0 / jnp.maximum(mean, 1e-6)
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         embedding, typicality = policy_state
 
         def cover(novelty: Array, position: Array) -> Array:
@@ -108,7 +108,7 @@ def k_center(*, k: int) -> Policy:
     """
     require(k >= 1, f"k_center: k must be at least 1, got {k}")
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         embedding = centred(view)
         square = (embedding**2).sum(-1)
 

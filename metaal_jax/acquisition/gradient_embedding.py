@@ -40,7 +40,7 @@ def badge(*, k: int, covered: bool = True) -> Policy:
     """
     require(k >= 1, f"badge: k must be at least 1, got {k}")
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         n = view.row.shape[0]
         check_count(k, n)
         probs = jnp.nan_to_num(jnp.exp(consensus(view.prediction.logits)))

@@ -139,7 +139,7 @@ def glister(learner: Learner, *, k: int, step_size: float | Array = 0.05) -> Pol
     require(k >= 1, f"glister: k must be at least 1, got {k}")
     require(step_size > 0, f"glister: step_size must be > 0, got {step_size}")
 
-    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+    def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
         if len(policy_params) == 0:
             judges = view.labelled
             prediction = jax.tree.map(lambda leaf: leaf[:, view.labelled_index], view.prediction)
@@ -163,7 +163,7 @@ def glister(learner: Learner, *, k: int, step_size: float | Array = 0.05) -> Pol
 
         return pick_in_turn(key, view, k, consensus(prediction.logits), score, update), policy_state
 
-    return Policy(init=lambda key: (), begin=lambda policy_params, key, view: (), act=act)
+    return Policy(init=lambda key: (), begin=lambda key, policy_params, view: (), act=act)
 
 
 def predicted_loss(key: Array, view: PoolView) -> Array:

@@ -81,7 +81,7 @@ def epig(learner: Learner | None = None, *, k: int, targets: int = 200) -> Polic
         )
         return theirs, jnp.ones(theirs.shape[1])
 
-    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+    def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
         require_committee("epig", view.prediction.logits)
         target_key, tie_key = jax.random.split(key)
         target_logits, weight = targets_of(policy_params, target_key, view)
@@ -101,7 +101,7 @@ def epig(learner: Learner | None = None, *, k: int, targets: int = 200) -> Polic
         index, valid = select_top(tie_key, scores, view.available, view.row, k)
         return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=scores), policy_state
 
-    return Policy(init=lambda key: (), begin=lambda policy_params, key, view: (), act=act)
+    return Policy(init=lambda key: (), begin=lambda key, policy_params, view: (), act=act)
 
 
 def batch_bald(*, k: int, configurations: int = 10_000) -> Policy:
@@ -139,7 +139,7 @@ def batch_bald(*, k: int, configurations: int = 10_000) -> Policy:
     for name, value in (("k", k), ("configurations", configurations)):
         require(value >= 1, f"batch_bald: {name} must be at least 1, got {value}")
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         del policy_state
         require_committee("batch_bald", view.prediction.logits)
         log_probs = jax.nn.log_softmax(view.prediction.logits)

@@ -110,16 +110,16 @@ def pick_in_turn(
     return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=score(carry))
 
 
-def fixed_rule(act: Callable[[PyTree, Array, PoolView], Decision], begin: Callable | None = None) -> Policy:
-    """A policy without parameters from `act(policy_state, key, view)` and `begin(key, view) -> policy_state`."""
+def fixed_rule(act: Callable[[Array, PyTree, PoolView], Decision], begin: Callable | None = None) -> Policy:
+    """A policy without parameters from `act(key, policy_state, view)` and `begin(key, view) -> policy_state`."""
 
-    def begin_(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
+    def begin_(key: Array, policy_params: PyTree, view: PoolView) -> PyTree:
         del policy_params
         return () if begin is None else begin(key, view)
 
-    def act_(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+    def act_(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
         del policy_params
-        return act(policy_state, key, view), policy_state
+        return act(key, policy_state, view), policy_state
 
     return Policy(init=lambda key: (), begin=begin_, act=act_)
 
@@ -132,7 +132,7 @@ def top_k(scorer: Scorer, *, k: int) -> Policy:
     """
     require(k >= 1, f"top_k: k must be at least 1, got {k}")
 
-    def act(policy_state: PyTree, key: Array, view: PoolView) -> Decision:
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         score_key, tie_key = jax.random.split(key)
         scores = scorer(score_key, view)
         index, valid = select_top(tie_key, scores, view.available, view.row, k)
@@ -158,15 +158,15 @@ def one_of(policies: Sequence[Policy]) -> Policy:
         keys = jax.random.split(key, len(policies))
         return jnp.int32(0), tuple(policy.init(k) for policy, k in zip(policies, keys, strict=True))
 
-    def begin(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
+    def begin(key: Array, policy_params: PyTree, view: PoolView) -> PyTree:
         _, params = policy_params
-        return tuple(policy.begin(own, key, view) for policy, own in zip(policies, params, strict=True))
+        return tuple(policy.begin(key, own, view) for policy, own in zip(policies, params, strict=True))
 
-    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+    def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
         number, params = policy_params
 
         def branch(i: int, states: PyTree) -> tuple[Decision, PyTree]:
-            decision, state = policies[i].act(params[i], states[i], key, view)
+            decision, state = policies[i].act(key, params[i], states[i], view)
             return decision, (*states[:i], state, *states[i + 1 :])
 
         return lax.switch(number, [functools.partial(branch, i) for i in range(len(policies))], policy_state)

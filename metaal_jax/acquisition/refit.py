@@ -175,7 +175,7 @@ def greedy_oracle(
     require(candidates is None or candidates >= 1, f"greedy_oracle: candidates must be at least 1, got {candidates}")
     _check("greedy_oracle", loss, chunk)
 
-    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+    def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
         if len(policy_params) != 2:
             raise ValueError("greedy_oracle: the policy's parameters must be (y of the pool, selection batch)")
         truth, selection = policy_params
@@ -209,4 +209,4 @@ def greedy_oracle(
         _, (index, valid, scores) = lax.scan(pick, (room, view.available), jax.random.split(pick_key, k))
         return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=scores[0]), policy_state
 
-    return Policy(init=lambda key: (), begin=lambda policy_params, key, view: (), act=act)
+    return Policy(init=lambda key: (), begin=lambda key, policy_params, view: (), act=act)

@@ -11,7 +11,7 @@ from jax import Array
 from metaal_jax.base import AdaptFn, Batch, InitFn, Metrics, PredictFn, Prediction, PyTree, take
 from metaal_jax.losses import accuracy, cross_entropy
 
-HYPER = "inner"  # the entry of the meta-parameters that holds learned hyperparameters
+HYPER = "hyper"  # the entry of the meta-parameters that holds learned hyperparameters
 
 
 class Adaptation(NamedTuple):

@@ -89,7 +89,7 @@ def inner_loop(
 def gradient_steps(
     model: nn.Module,
     *,
-    inner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     steps: int,
     adapted: Literal["all", "head", "body"] = "all",
     head: Literal["meta", "prototypes"] = "meta",
@@ -106,15 +106,15 @@ def gradient_steps(
     remat: bool = False,
     unroll: int | bool = 1,
 ) -> Adaptation:
-    """Adaptation by `steps` steps of `inner` down the cross entropy of the labelled rows, from the meta-parameters.
+    """Adaptation by `steps` steps of `optimizer` down the cross entropy of the labelled rows, from the meta-parameters.
 
-    What is learned beside the initialisation stands in the meta-parameters' entry `inner`, and the outer loop trains it
+    What is learned beside the initialisation stands in the meta-parameters' entry `hyper`, and the outer loop trains it
     with the rest.
 
     Args:
       model: a Flax module, see `metaal_jax.models`.
-      inner: the inner optimiser, any Optax transformation. The derivative of Adam-like ones is NaN where a gradient is
-        exactly 0 (a constant input, a task without labels) unless they are given `eps_root > 0`.
+      optimizer: of the inner loop, any Optax transformation. The derivative of Adam-like ones is NaN where a gradient
+        is exactly 0 (a constant input, a task without labels) unless they are given `eps_root > 0`.
       steps: inner steps; meta-training and later use may differ, unless something is learned per step.
       adapted: `"all"` parameters, the last layer alone (`"head"`; the embedding is then computed once), or all others
         (`"body"`). The last two need a last layer named `head`.
@@ -310,7 +310,7 @@ def gradient_steps(
         return inner_loop(
             loss,
             first,
-            optimizer=inner,
+            optimizer=optimizer,
             steps=steps,
             each=each or None,
             factors=factors,

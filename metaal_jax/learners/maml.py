@@ -17,7 +17,7 @@ from metaal_jax.learners.meta_gradient import annealed, implicit, reptile_differ
 def maml(
     model: nn.Module,
     *,
-    inner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     steps: int,
     first_order: bool = False,
     head: Literal["meta", "prototypes"] = "meta",
@@ -28,12 +28,12 @@ def maml(
 ) -> Learner:
     """Model-agnostic meta-learning: an initialisation from which a few gradient steps fit a new task.
 
-    `adapt` takes `steps` steps of `inner` on the labelled rows from the meta-parameters (or from `start`);
+    `adapt` takes `steps` steps of `optimizer` on the labelled rows from the meta-parameters (or from `start`);
     `meta_grad` is the gradient of the query loss after them, through all steps, or first order.
 
     Args:
       model: a Flax module, see `metaal_jax.models`.
-      inner: the inner optimiser, any Optax transformation.
+      optimizer: of the inner loop, any Optax transformation.
       steps: inner steps.
       first_order: treats the inner gradients as constants (FOMAML).
       head, temperature, remat, unroll, options: of the inner loop, see `gradient_steps`.
@@ -48,21 +48,28 @@ def maml(
 
     >>> import jax, optax
     >>> from metaal_jax import learners, models
-    >>> learner = learners.maml(models.MLP(classes=3), inner=optax.sgd(0.1), steps=5)
+    >>> learner = learners.maml(models.MLP(classes=3), optimizer=optax.sgd(0.1), steps=5)
     >>> meta = learner.init(jax.random.key(0), jax.numpy.zeros((1, 8)))
     >>> learner.predict(meta, jax.numpy.zeros((4, 8))).logits.shape
     (1, 4, 3)
     """
     return through(
         gradient_steps(
-            model, inner=inner, steps=steps, head=head, temperature=temperature, remat=remat, unroll=unroll, **options
+            model,
+            optimizer=optimizer,
+            steps=steps,
+            head=head,
+            temperature=temperature,
+            remat=remat,
+            unroll=unroll,
+            **options,
         ),
         first_order=first_order,
     )
 
 
 def anil(
-    model: nn.Module, *, inner: optax.GradientTransformation, steps: int, first_order: bool = False, **options: Any
+    model: nn.Module, *, optimizer: optax.GradientTransformation, steps: int, first_order: bool = False, **options: Any
 ) -> Learner:
     """Almost no inner loop: MAML whose inner steps move the last layer alone.
 
@@ -70,7 +77,7 @@ def anil(
 
     Args:
       model: a Flax module with a last layer named `head`.
-      inner: the inner optimiser.
+      optimizer: of the inner loop.
       steps: inner steps.
       first_order: treats the inner gradients as constants.
       options: of the inner loop, see `gradient_steps`.
@@ -81,7 +88,9 @@ def anil(
     Reference: Raghu, Raghu, Bengio, Vinyals: Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness
     of MAML, 2020.
     """
-    return through(gradient_steps(model, inner=inner, steps=steps, adapted="head", **options), first_order=first_order)
+    return through(
+        gradient_steps(model, optimizer=optimizer, steps=steps, adapted="head", **options), first_order=first_order
+    )
 
 
 def meta_sgd(
@@ -101,7 +110,7 @@ def meta_sgd(
 
     Reference: Li, Zhou, Chen, Li: Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017.
     """
-    adaptation = gradient_steps(model, inner=optax.sgd(rate), steps=steps, rates="parameter", **options)
+    adaptation = gradient_steps(model, optimizer=optax.sgd(rate), steps=steps, rates="parameter", **options)
     return through(adaptation, first_order=first_order)
 
 
@@ -129,7 +138,7 @@ def maml_plus_plus(
     """
     adaptation = gradient_steps(
         model,
-        inner=optax.sgd(rate),
+        optimizer=optax.sgd(rate),
         steps=steps,
         rates="tensor",
         per_step=True,
@@ -142,7 +151,7 @@ def maml_plus_plus(
 def reptile(
     model: nn.Module,
     *,
-    inner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     steps: int,
     minibatch: int | None = None,
     **options: Any,
@@ -151,7 +160,7 @@ def reptile(
 
     Args:
       model: a Flax module.
-      inner: the inner optimiser. The paper's is Adam without first moment whose second moments live on from task to
+      optimizer: of the inner loop. The paper's is Adam without first moment whose second moments live on from task to
         task; here every task begins anew, for which plain gradient descent is better.
       steps: inner steps.
       minibatch: rows drawn for each of them; None for all.
@@ -162,13 +171,13 @@ def reptile(
 
     Reference: Nichol, Achiam, Schulman: On First-Order Meta-Learning Algorithms, 2018.
     """
-    return reptile_difference(gradient_steps(model, inner=inner, steps=steps, minibatch=minibatch, **options))
+    return reptile_difference(gradient_steps(model, optimizer=optimizer, steps=steps, minibatch=minibatch, **options))
 
 
 def implicit_maml(
     model: nn.Module,
     *,
-    inner: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation,
     steps: int,
     proximal: float | Array,
     solver_steps: int = 5,
@@ -179,7 +188,7 @@ def implicit_maml(
 
     Args:
       model: a Flax module, smooth enough for second derivatives to mean something.
-      inner: the inner optimiser.
+      optimizer: of the inner loop.
       steps: inner steps, enough to come near the minimum.
       proximal: strength of the pull, > 0.
       solver_steps, damping: of the conjugate gradients, see `implicit`.
@@ -190,7 +199,7 @@ def implicit_maml(
 
     Reference: Rajeswaran, Finn, Kakade, Levine: Meta-Learning with Implicit Gradients, 2019.
     """
-    adaptation = gradient_steps(model, inner=inner, steps=steps, proximal=proximal, **options)
+    adaptation = gradient_steps(model, optimizer=optimizer, steps=steps, proximal=proximal, **options)
     return implicit(adaptation, solver_steps=solver_steps, damping=damping)
 
 
@@ -201,7 +210,7 @@ def fine_tune(
 
     From a random initialisation `adapt` trains from scratch; from pre-trained parameters it is transfer by
     fine-tuning. `meta_grad` is that pre-training: the gradient of the loss on all of a task's rows, no inner loop; with
-    `tasks.supervised` it is ordinary training on a whole set.
+    `tasks.minibatches` it is ordinary training on a whole set.
 
     Args:
       model: a Flax module, see `metaal_jax.models`.
@@ -215,7 +224,7 @@ def fine_tune(
     Raises:
       ValueError: see `gradient_steps`; for learned hyperparameters, which pre-training never sees.
     """
-    adaptation = gradient_steps(model, inner=optimizer, steps=steps, unroll=unroll, **options)
+    adaptation = gradient_steps(model, optimizer=optimizer, steps=steps, unroll=unroll, **options)
     if adaptation.learns:
         raise ValueError(f"fine_tune: pre-training takes no inner step and cannot learn {adaptation.learns[0]}")
     base = through(adaptation)

@@ -11,7 +11,7 @@ from metaal_jax.acquisition.lifts import check_count
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require, take
 from metaal_jax.losses import accuracy, consensus
 
-Reward = Callable[[PoolView, Array], Array]
+RewardFn = Callable[[PoolView, Array], Array]
 
 
 class BanditState(NamedTuple):
@@ -69,7 +69,7 @@ def exp4p(
     *,
     k: int,
     horizon: int | Array,
-    reward: Reward,
+    reward: RewardFn,
     delta: float | Array = 0.1,
     exploration: float | Array | None = None,
 ) -> Policy:
@@ -142,7 +142,7 @@ def exp4p(
     def init(key: Array) -> PyTree:
         return tuple(policy.init(own) for policy, own in zip(policies, jax.random.split(key, count), strict=True))
 
-    def begin(policy_params: PyTree, key: Array, view: PoolView) -> BanditState:
+    def begin(key: Array, policy_params: PyTree, view: PoolView) -> BanditState:
         n = view.row.shape[0]
         check_count(k, n)
         params, keys = policy_params or ((),) * count, jax.random.split(key, count)
@@ -154,7 +154,7 @@ def exp4p(
             valid=jnp.zeros(k, bool),
             advice=jnp.zeros((count, k)),
             width=jnp.zeros(count),
-            rules=tuple(policy.begin(p, own, view) for policy, p, own in zip(policies, params, keys, strict=True)),
+            rules=tuple(policy.begin(own, p, view) for policy, p, own in zip(policies, params, keys, strict=True)),
         )
 
     def learn(state: BanditState, view: PoolView) -> Array:
@@ -168,14 +168,14 @@ def exp4p(
         return log_weight - log_weight.max()
 
     def act(
-        policy_params: PyTree, policy_state: BanditState, key: Array, view: PoolView
+        key: Array, policy_params: PyTree, policy_state: BanditState, view: PoolView
     ) -> tuple[Decision, BanditState]:
         n, params = view.row.shape[0], policy_params or ((),) * count
         log_weight = learn(policy_state, view)
         p = jnp.maximum(1 - count * least, 0.0) * jax.nn.softmax(log_weight) + least
         draw_key, *keys = jax.random.split(key, count + 1)
         acted = [
-            policy.act(own, state, rule_key, view)
+            policy.act(rule_key, own, state, view)
             for policy, own, state, rule_key in zip(policies, params, policy_state.rules, keys, strict=True)
         ]
         for decision, _ in acted:

@@ -201,18 +201,18 @@ def environment(
             position, _ = select_top(key, jnp.zeros(view.row.shape[0]), view.available, view.row, candidates)
         return EnvObservation(seen=see(view, position), mask=view.available[position]), position
 
-    def begin(action: PyTree, key: Array, view: PoolView) -> PyTree:
+    def begin(key: Array, action: PyTree, view: PoolView) -> PyTree:
         del action
         return offer(key, view)
 
-    def take_action(action: Array, position: Array, key: Array, view: PoolView) -> tuple[Decision, Array]:
+    def take_action(key: Array, action: Array, position: Array, view: PoolView) -> tuple[Decision, Array]:
         del key
         place = jnp.clip(action, 0, position.shape[0] - 1)
         again = jnp.tril(action[:, None] == action, -1).any(-1)
         index = position[place]
         return _decision(index, (place == action) & ~again & view.available[index], view), position
 
-    def look(action: PyTree, position: Array, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
+    def look(key: Array, action: PyTree, position: Array, view: PoolView) -> tuple[Decision, PyTree]:
         del action
         return _decision(position[:k], jnp.zeros(k, bool), view), offer(key, view)
 

@@ -13,7 +13,20 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from metaal_jax.base import Decision, Learner, Metrics, Policy, PoolView, Problem, PyTree, require, rows_of
+from metaal_jax.base import (
+    Decision,
+    EvaluateFn,
+    Learner,
+    Metrics,
+    Policy,
+    PoolView,
+    Problem,
+    PyTree,
+    ScoreFn,
+    Trainable,
+    require,
+    rows_of,
+)
 from metaal_jax.loop import active_learner, evaluate
 
 Annotate = Callable[[Array, PoolView, PyTree, PyTree], PyTree]
@@ -94,23 +107,25 @@ def recorded(policy: Policy, annotate: Annotate | None = None, revise: Revise | 
       revise: `(decision, observation, notes, params, extra) -> decision` may choose otherwise.
     """
 
+    observe = trainable(policy).observe
+
     def split(policy_params: PyTree) -> tuple[PyTree, PyTree]:
         return policy_params if annotate else (policy_params, ())
 
     def look(key: Array, inner: PyTree, view: PoolView, extra: PyTree) -> tuple[PyTree, PyTree]:
-        observation = policy.observe(inner, key, view)
+        observation = observe(key, inner, view)
         return observation, annotate(jax.random.fold_in(key, 3), view, observation, extra) if annotate else ()
 
-    def begin(policy_params: PyTree, key: Array, view: PoolView) -> Recorded:
+    def begin(key: Array, policy_params: PyTree, view: PoolView) -> Recorded:
         params, extra = split(policy_params)
-        inner = policy.begin(params, key, view)
+        inner = policy.begin(key, params, view)
         shapes = jax.eval_shape(look, key, inner, view, extra)
         return Recorded(inner, *jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
 
-    def act(policy_params: PyTree, policy_state: Recorded, key: Array, view: PoolView) -> tuple[Decision, Recorded]:
+    def act(key: Array, policy_params: PyTree, policy_state: Recorded, view: PoolView) -> tuple[Decision, Recorded]:
         params, extra = split(policy_params)
         observation, notes = look(key, policy_state.inner, view, extra)
-        decision, inner = policy.act(params, policy_state.inner, key, view)
+        decision, inner = policy.act(key, params, policy_state.inner, view)
         if revise is not None:
             decision = revise(decision, observation, notes, params, extra)
         return decision, Recorded(inner, observation, notes)
@@ -128,7 +143,7 @@ def episode(
     annotate: Annotate | None = None,
     revise: Revise | None = None,
 ) -> Callable[[Array, PyTree, PyTree, Problem], Trajectory]:
-    """`(key, policy_params, meta, problem) -> Trajectory`: one run of the loop, with what the policy saw if asked.
+    """`(key, meta, policy_params, problem) -> Trajectory`: one run of the loop, with what the policy saw if asked.
 
     Args:
       learner: the base learner.
@@ -141,10 +156,10 @@ def episode(
     """
     check_budget(budget, k)
     if record:
-        check_observed(policy)
+        trainable(policy)
     seen_policy = recorded(policy, annotate, revise) if record else policy
 
-    def run(key: Array, policy_params: PyTree, meta: PyTree, problem: Problem) -> Trajectory:
+    def run(key: Array, meta: PyTree, policy_params: PyTree, problem: Problem) -> Trajectory:
         init_key, loop_key = jax.random.split(key)
         problem = problem._replace(cost=jnp.ones_like(problem.cost))
         active = active_learner(
@@ -192,31 +207,34 @@ def check_budget(budget: int, k: int) -> None:
     require(budget >= 1 and k >= 1 and budget % k == 0, f"a budget of {budget} must be a positive multiple of k={k}")
 
 
-def check_observed(policy: Policy) -> None:
-    """Whether what the policy sees can be kept."""
-    if policy.observe is None:
+def trainable(policy: Policy) -> Trainable:
+    """What a trainer needs of a policy; raises `ValueError` where it has none."""
+    if policy.train is None:
         raise ValueError("this policy cannot be trained: it has no observe; take policies.learned, policies.selector "
                          "or one of your own")  # fmt: skip
+    return policy.train
 
 
-def check_scores(name: str, policy: Policy) -> None:
-    """Whether the policy chooses by scores."""
-    check_observed(policy)
-    if policy.score is None:
+def score_of(name: str, policy: Policy) -> ScoreFn:
+    """The scores that a policy chooses by; raises `ValueError` where it does not."""
+    score = trainable(policy).score
+    if score is None:
         raise ValueError(f"{name}: this policy has no score; take policies.learned")
+    return score
+
+
+def evaluate_of(name: str, policy: Policy) -> EvaluateFn:
+    """The probabilities of a policy's batches; raises `ValueError` where it does not draw them."""
+    evaluate = trainable(policy).evaluate
+    if evaluate is None:
+        raise ValueError(f"{name}: this policy has no evaluate; it must draw its batches, give it sample=True")
+    return evaluate
 
 
 def check_counts(name: str, **counts: int) -> None:
     """Whether all numbers are at least 1."""
     for what, value in counts.items():
         require(value >= 1, f"{name}: {what} must be at least 1, got {value}")
-
-
-def check_sampling(name: str, policy: Policy) -> None:
-    """Whether the policy draws its batches and knows their probabilities."""
-    check_observed(policy)
-    if policy.evaluate is None:
-        raise ValueError(f"{name}: this policy has no evaluate; it must draw its batches, give it sample=True")
 
 
 def check_reward(name: str, reward: str) -> None:

@@ -87,7 +87,7 @@ def evolution(
         def one(key: Array) -> tuple[Array, Array]:
             problem_key, run_key = jax.random.split(key)
             problem = sampler(problem_key, data)
-            runs = jax.vmap(lambda params: play(run_key, params, state.meta, problem))(moved)
+            runs = jax.vmap(lambda params: play(run_key, state.meta, params, problem))(moved)
             reward_of = jax.vmap(lambda run: rewards(run, reward=reward, target=target))(runs)
             return reward_of.sum(1), runs.accuracy.mean(1)
 

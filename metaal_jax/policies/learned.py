@@ -11,12 +11,10 @@ from jax import Array, lax
 
 from metaal_jax.acquisition.combinators import planned
 from metaal_jax.acquisition.lifts import check_count, select_top
-from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
+from metaal_jax.base import Decision, Policy, PoolView, PyTree, ScoreFn, Trainable, require
 from metaal_jax.policies import features
 from metaal_jax.policies.features import Geometry, Memory, Observation
 from metaal_jax.rows import row_noise
-
-Score = Callable[[PyTree, Observation], tuple[Array, Array]]
 
 
 class LearnedState(NamedTuple):
@@ -41,7 +39,7 @@ def prior(**factors: float) -> tuple[float, ...]:
     return (0.0,) * len(features.ROWS) + tuple(float(factors.get(name, 0.0)) for name in features.ROWS)
 
 
-def _scores_of(network: nn.Module) -> Score:
+def _scores_of(network: nn.Module) -> ScoreFn:
     """`(params, observation) -> (scores [m], value [])`: what a network thinks of the candidates it sees."""
 
     def score(policy_params: PyTree, observation: Observation) -> tuple[Array, Array]:
@@ -87,11 +85,11 @@ def learned(
         batch is drawn, `candidates` bound the cost.
 
     Returns:
-      A `Policy` that can be trained: `observe` gives an `Observation`, `score` the network's answer. With `sample` it
-      has `evaluate`; a batch that cannot be drawn has log-probability -inf there. Its decision's scores are those
-      before the first pick, -inf for rows not looked at; `log_prob` is 0 without `sample`. Its state holds kernels,
-      `[n, anchors]`, which a loop on the device hands on as they are; a step that is compiled alone copies them in each
-      round, unless the state is donated (`jax.jit(step, donate_argnums=...)`).
+      A `Policy` that can be trained: `train.observe` gives an `Observation`, `train.score` the network's answer. With
+      `sample` it has `train.evaluate`, where a batch that cannot be drawn has log-probability -inf. Its decision's
+      scores are those before the first pick, -inf for rows not looked at; `log_prob` is 0 without `sample`. Its state
+      holds kernels, `[n, anchors]`, which a loop on the device hands on as they are; a step that is compiled alone
+      copies them in each round, unless the state is donated (`jax.jit(step, donate_argnums=...)`).
 
     Raises:
       ValueError: for numbers below 1, a shortlist or candidates fewer than `k`, or a plan that is drawn.
@@ -113,12 +111,12 @@ def learned(
         rows = jnp.zeros((1, 2 * len(features.ROWS)))
         return network.init(key, rows, jnp.zeros(len(features.SITUATION)), jnp.ones(1, bool))
 
-    def begin(policy_params: PyTree, key: Array, view: PoolView) -> LearnedState:
+    def begin(key: Array, policy_params: PyTree, view: PoolView) -> LearnedState:
         del policy_params
         geometry = features.pool_geometry(key, view, anchors=anchors)
         return LearnedState(geometry, features.fresh_memory(view))
 
-    def observe(policy_state: LearnedState, key: Array, view: PoolView) -> Observation:
+    def observe(key: Array, policy_state: LearnedState, view: PoolView) -> Observation:
         check_count(k, view.row.shape[0])
         position = None
         if candidates is not None and candidates < view.row.shape[0]:
@@ -127,9 +125,9 @@ def learned(
         return features.observe(policy_state.geometry, policy_state.memory, view, k=k, position=position)
 
     def act(
-        policy_params: PyTree, policy_state: LearnedState, key: Array, view: PoolView
+        key: Array, policy_params: PyTree, policy_state: LearnedState, view: PoolView
     ) -> tuple[Decision, LearnedState]:
-        observation = observe(policy_state, key, view)
+        observation = observe(key, policy_state, view)
         scores, _ = score(policy_params, observation)
         short, first = observation, scores
         if k > 1 and not sample and shortlist < scores.shape[0]:
@@ -166,7 +164,8 @@ def learned(
         drawable = (found.any(-1) | (jnp.arange(k) >= observation.available.sum())).all()
         return jnp.where(drawable, log_prob, -jnp.inf), entropy, score(policy_params, observation)[1]
 
-    return Policy(init=init, begin=begin, act=act, observe=observe, evaluate=evaluate if sample else None, score=score)
+    train = Trainable(observe=observe, evaluate=evaluate if sample else None, score=score)
+    return Policy(init=init, begin=begin, act=act, train=train)
 
 
 def _in_plans(network: nn.Module, k: int, plan: int, **options: Any) -> Policy:
@@ -177,11 +176,11 @@ def _in_plans(network: nn.Module, k: int, plan: int, **options: Any) -> Policy:
         whole = learned(network, k=rows, **options)
         return planned(whole, rows=rows, k=k) if rows > k else whole
 
-    def begin(policy_params: PyTree, key: Array, view: PoolView) -> PyTree:
-        return policy_of(view).begin(policy_params, key, view)
+    def begin(key: Array, policy_params: PyTree, view: PoolView) -> PyTree:
+        return policy_of(view).begin(key, policy_params, view)
 
-    def act(policy_params: PyTree, policy_state: PyTree, key: Array, view: PoolView) -> tuple[Decision, PyTree]:
-        return policy_of(view).act(policy_params, policy_state, key, view)
+    def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
+        return policy_of(view).act(key, policy_params, policy_state, view)
 
     return Policy(init=learned(network, k=k, **options).init, begin=begin, act=act)
 
@@ -190,8 +189,8 @@ def fixed(policy: Policy, policy_params: PyTree) -> Policy:
     """A trained policy with its parameters, as a rule that has none: for selectors, bandits and combinators."""
     return Policy(
         init=lambda key: (),
-        begin=lambda _, key, view: policy.begin(policy_params, key, view),
-        act=lambda _, state, key, view: policy.act(policy_params, state, key, view),
+        begin=lambda key, _, view: policy.begin(key, policy_params, view),
+        act=lambda key, _, state, view: policy.act(key, policy_params, state, view),
     )
 
 
@@ -217,7 +216,7 @@ def shortened(key: Array, observation: Observation, scores: Array, row: Array, c
 
 
 def in_sequence(
-    score: Score,
+    score: ScoreFn,
     policy_params: PyTree,
     observation: Observation,
     k: int,

@@ -8,7 +8,19 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from metaal_jax.base import Batch, Decision, Learner, Metrics, Policy, PoolView, Problem, PyTree, require, rows_of
+from metaal_jax.base import (
+    Batch,
+    Decision,
+    Learner,
+    Metrics,
+    Policy,
+    PoolView,
+    Problem,
+    PyTree,
+    ScoreFn,
+    require,
+    rows_of,
+)
 from metaal_jax.losses import consensus, cross_entropy
 from metaal_jax.policies import features
 from metaal_jax.policies.episodes import (
@@ -18,12 +30,11 @@ from metaal_jax.policies.episodes import (
     Trajectory,
     apply_gradients,
     check_counts,
-    check_scores,
     episode,
     make_trainer,
     one_by_one,
+    score_of,
 )
-from metaal_jax.policies.learned import Score
 
 Estimator = Literal["reinmax", "straight_through", "relaxed"]
 
@@ -40,7 +51,7 @@ def _reinmax(scores: Array, available: Array, place: Array, temperature: float |
 
 
 def relaxed_batch(
-    score: Score,
+    score: ScoreFn,
     policy_params: PyTree,
     observation: PyTree,
     noise: Array,
@@ -143,7 +154,7 @@ def pathwise(
       A `PolicyTrainer`; metrics `loss` (with `refit` and `joint` the sum of both), `area`, `grad_norm`.
 
     Raises:
-      ValueError: for a policy without `observe`, a budget that is no multiple of `k`, an unknown estimator, a
+      ValueError: for a policy that cannot be trained, a budget that is no multiple of `k`, an unknown estimator, a
         temperature that is not positive, or numbers below 1.
 
     Reference: Bengio, Leonard, Courville: Estimating or Propagating Gradients Through Stochastic Neurons for
@@ -153,7 +164,7 @@ def pathwise(
     check_counts("pathwise", problems=problems)
     if estimator not in get_args(Estimator):
         raise ValueError(f"pathwise: estimator must be one of {get_args(Estimator)}, got {estimator!r}")
-    check_scores("pathwise", policy)
+    score = score_of("pathwise", policy)
     if not callable(temperature):
         require(temperature > 0, f"pathwise: temperature must be > 0, got {temperature}")
 
@@ -162,7 +173,7 @@ def pathwise(
         return jax.vmap(lambda r: jax.random.gumbel(jax.random.fold_in(key, r), (k,)))(row).T
 
     def noisy(decision: Decision, observation: PyTree, noise: Array, params: PyTree, extra: PyTree) -> Decision:
-        place, valid, _ = relaxed_batch(policy.score, params, observation, noise, temperature=1.0)
+        place, valid, _ = relaxed_batch(score, params, observation, noise, temperature=1.0)
         return decision._replace(index=observation.position[place], valid=valid)
 
     play = episode(learner, policy, budget=budget, k=k, annotate=annotate, revise=noisy)
@@ -172,9 +183,7 @@ def pathwise(
         n, y = rows_of(problem.x), jnp.asarray(problem.y)
 
         def choice(observation: PyTree, noise: Array) -> Array:
-            _, _, chosen = relaxed_batch(
-                policy.score, params, observation, noise, temperature=heat, estimator=estimator
-            )
+            _, _, chosen = relaxed_batch(score, params, observation, noise, temperature=heat, estimator=estimator)
             return jnp.zeros(n).at[observation.position].add(chosen)
 
         chosen = jax.vmap(choice)(runs.observation, runs.notes)
@@ -211,7 +220,7 @@ def pathwise(
         def one(key: Array) -> tuple[PyTree, Metrics]:
             problem_key, play_key, adapt_key = jax.random.split(key, 3)
             problem = sampler(problem_key, data)
-            runs = lax.stop_gradient(play(play_key, (state.params, ()), state.meta, problem))
+            runs = lax.stop_gradient(play(play_key, state.meta, (state.params, ()), problem))
             trained = (state.params, state.meta) if joint else state.params
 
             def loss_of(trained: PyTree) -> Array:

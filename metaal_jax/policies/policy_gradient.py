@@ -15,8 +15,8 @@ from metaal_jax.policies.episodes import (
     apply_gradients,
     check_counts,
     check_reward,
-    check_sampling,
     episode,
+    evaluate_of,
     make_trainer,
     one_by_one,
     rewards,
@@ -45,7 +45,7 @@ def reinforce(
 
     Args:
       learner: the base learner.
-      policy: one that samples, with `observe` and `evaluate`.
+      policy: one that samples, with `train.observe` and `train.evaluate`.
       sampler: `(key, data) -> Problem`.
       optimizer: for the policy's parameters.
       budget: labels of an episode.
@@ -61,7 +61,7 @@ def reinforce(
       A `PolicyTrainer`; metrics `return`, `area`, `entropy`, `grad_norm`.
 
     Raises:
-      ValueError: for a policy without `observe`, a budget that is no multiple of `k`, or numbers below 1.
+      ValueError: for a policy that cannot be trained, a budget that is no multiple of `k`, or numbers below 1.
 
     Reference: Williams: Simple Statistical Gradient-Following Algorithms, 1992; Kool, van Hoof, Welling: Buy 4
     REINFORCE Samples, Get a Baseline for Free!, 2019.
@@ -69,7 +69,7 @@ def reinforce(
     check_counts("reinforce", problems=problems)
     require(rollouts >= 2, f"reinforce: the baseline needs at least 2 rollouts, got {rollouts}")
     play = episode(learner, policy, budget=budget, k=k)
-    check_sampling("reinforce", policy)
+    evaluate = evaluate_of("reinforce", policy)
     check_reward("reinforce", reward)
 
     def learn(key: Array, state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
@@ -77,13 +77,13 @@ def reinforce(
             problem_key, play_key = jax.random.split(key)
             problem = sampler(problem_key, data)
             keys = jax.random.split(play_key, rollouts)
-            runs = jax.vmap(lambda key: play(key, state.params, state.meta, problem))(keys)
+            runs = jax.vmap(lambda key: play(key, state.meta, state.params, problem))(keys)
             reward_of = jax.vmap(lambda run: rewards(run, reward=reward, target=target))(runs)
             to_go = jnp.cumsum(reward_of[:, ::-1], axis=1)[:, ::-1]
             advantage = (to_go - to_go.mean(0)) * rollouts / (rollouts - 1)
 
             def loss(params: PyTree) -> tuple[Array, Array]:
-                judge = jax.vmap(jax.vmap(lambda o, i: policy.evaluate(params, o, i)[:2]))
+                judge = jax.vmap(jax.vmap(lambda o, i: evaluate(params, o, i)[:2]))
                 log_prob, spread = judge(runs.observation, runs.index)
                 objective = (log_prob * advantage).sum(1).mean() + entropy * spread.sum(1).mean()
                 return -objective, spread.mean()
@@ -144,7 +144,7 @@ def ppo(
 
     Args:
       learner: the base learner.
-      policy: one that samples, with `observe` and `evaluate`; its `evaluate` also gives the value.
+      policy: one that samples, with `train.observe` and `train.evaluate`; its `train.evaluate` also gives the value.
       sampler: `(key, data) -> Problem`.
       optimizer: for the policy's parameters.
       budget: labels of an episode.
@@ -165,14 +165,14 @@ def ppo(
       A `PolicyTrainer`; metrics `return`, `area`, `entropy`, `value_error`, `clipped`.
 
     Raises:
-      ValueError: for a policy without `observe`, a budget that is no multiple of `k`, numbers below 1, or minibatches
-        that do not divide the rounds.
+      ValueError: for a policy that cannot be trained, a budget that is no multiple of `k`, numbers below 1, or
+        minibatches that do not divide the rounds.
 
     Reference: Schulman et al.: Proximal Policy Optimization Algorithms, 2017.
     """
     check_counts("ppo", episodes=episodes, epochs=epochs, minibatches=minibatches)
     play = episode(learner, policy, budget=budget, k=k)
-    check_sampling("ppo", policy)
+    evaluate = evaluate_of("ppo", policy)
     check_reward("ppo", reward)
     total = episodes * (budget // k)
     require(total % minibatches == 0, f"ppo: {minibatches} minibatches do not divide {total} rounds")
@@ -182,11 +182,11 @@ def ppo(
 
         def one(key: Array) -> Trajectory:
             problem_key, run_key = jax.random.split(key)
-            return play(run_key, state.params, state.meta, sampler(problem_key, data))
+            return play(run_key, state.meta, state.params, sampler(problem_key, data))
 
         runs = one_by_one(one, jax.random.split(play_key, episodes), chunk)
         reward_of = jax.vmap(lambda run: rewards(run, reward=reward, target=target))(runs)
-        value = jax.vmap(jax.vmap(lambda o, i: policy.evaluate(state.params, o, i)[2]))(runs.observation, runs.index)
+        value = jax.vmap(jax.vmap(lambda o, i: evaluate(state.params, o, i)[2]))(runs.observation, runs.index)
         advantage = jax.vmap(lambda r, v: advantages(r, v, discount=discount, trace=trace))(reward_of, value)
         returns = advantage + value
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -197,7 +197,7 @@ def ppo(
 
         def loss(params: PyTree, part: tuple) -> tuple[Array, tuple]:
             observation, index, before, advantage, returns = part
-            log_prob, spread, value = jax.vmap(lambda o, i: policy.evaluate(params, o, i))(observation, index)
+            log_prob, spread, value = jax.vmap(lambda o, i: evaluate(params, o, i))(observation, index)
             ratio = jnp.exp(log_prob - before)
             held = jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
             gain = jnp.minimum(ratio * advantage, held * advantage).mean()

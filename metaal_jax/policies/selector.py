@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
+from metaal_jax.base import Decision, Policy, PoolView, PyTree, Trainable, require
 from metaal_jax.policies import features
 from metaal_jax.policies.learned import LearnedState
 
@@ -96,13 +96,13 @@ def selector(
         width = 2 * len(features.ROWS) + len(RULE) + (number if identity else 0)
         return network.init(key, jnp.zeros((number, width)), jnp.zeros(len(features.SITUATION)), jnp.ones(number, bool))
 
-    def begin(policy_params: PyTree, key: Array, view: PoolView) -> SelectorState:
+    def begin(key: Array, policy_params: PyTree, view: PoolView) -> SelectorState:
         del policy_params
         own_key, rules_key = jax.random.split(key)
         keys = jax.random.split(rules_key, number)
         own = LearnedState(features.pool_geometry(own_key, view, anchors=anchors), features.fresh_memory(view))
         return SelectorState(
-            rules=tuple(rule.begin((), key, view) for rule, key in zip(rules, keys, strict=True)),
+            rules=tuple(rule.begin(key, (), view) for rule, key in zip(rules, keys, strict=True)),
             own=own,
             used=jnp.zeros(number),
             gain=jnp.full(number, own.memory.surprise),
@@ -116,9 +116,9 @@ def selector(
         newer = features.REMEMBERED * state.gain + (1.0 - features.REMEMBERED) * wrong
         return jnp.where(followed & new, newer, state.gain)
 
-    def propose(state: SelectorState, key: Array, view: PoolView) -> tuple[Proposals, PyTree]:
+    def propose(key: Array, state: SelectorState, view: PoolView) -> tuple[Proposals, PyTree]:
         keys = jax.random.split(jax.random.fold_in(key, 0), number)
-        acted = [rule.act((), own, key, view) for rule, own, key in zip(rules, state.rules, keys, strict=True)]
+        acted = [rule.act(key, (), own, view) for rule, own, key in zip(rules, state.rules, keys, strict=True)]
         index = jnp.stack([decision.index for decision, _ in acted])
         valid = jnp.stack([decision.valid for decision, _ in acted])
         if index.shape != (number, k):
@@ -134,8 +134,8 @@ def selector(
         rows = jnp.concatenate(parts, axis=-1)
         return Proposals(rows, seen.situation, index, valid), tuple(state for _, state in acted)
 
-    def observe(policy_state: SelectorState, key: Array, view: PoolView) -> Proposals:
-        return propose(policy_state, key, view)[0]
+    def observe(key: Array, policy_state: SelectorState, view: PoolView) -> Proposals:
+        return propose(key, policy_state, view)[0]
 
     def distribution(policy_params: PyTree, seen: Proposals) -> tuple[Array, Array]:
         everyone = jnp.ones(number, bool)
@@ -152,9 +152,9 @@ def selector(
         return jax.nn.logsumexp(jnp.where(proposers(seen, index), log_probs, -jnp.inf))
 
     def act(
-        policy_params: PyTree, policy_state: SelectorState, key: Array, view: PoolView
+        key: Array, policy_params: PyTree, policy_state: SelectorState, view: PoolView
     ) -> tuple[Decision, SelectorState]:
-        seen, states = propose(policy_state, key, view)
+        seen, states = propose(key, policy_state, view)
         log_probs, _ = distribution(policy_params, seen)
         choose_key = jax.random.fold_in(key, 1)
         if not sample:
@@ -182,4 +182,5 @@ def selector(
         log_probs, value = distribution(policy_params, seen)
         return of_batch(log_probs, seen, index), -(jnp.exp(log_probs) * log_probs).sum(), value
 
-    return Policy(init=init, begin=begin, act=act, observe=observe, evaluate=evaluate if sample else None)
+    train = Trainable(observe=observe, evaluate=evaluate if sample else None)
+    return Policy(init=init, begin=begin, act=act, train=train)

@@ -17,10 +17,10 @@ from metaal_jax.policies.episodes import (
     apply_gradients,
     check_budget,
     check_counts,
-    check_scores,
     episode,
     make_trainer,
     one_by_one,
+    score_of,
 )
 
 Target = Literal["regression", "imitation", "classification"]
@@ -93,8 +93,8 @@ def supervised(
       candidate, in standard deviations).
 
     Raises:
-      ValueError: for an unknown target, a policy without `observe`, a budget that is no multiple of `k`, numbers below
-        1, or a capacity below the rounds of one step.
+      ValueError: for an unknown target, a policy that cannot be trained, a budget that is no multiple of `k`, numbers
+        below 1, or a capacity below the rounds of one step.
 
     Reference: Konyushkova, Sznitman, Fua: Learning Active Learning from Data, 2017; Liu, Buntine, Haffari: Learning How
     to Actively Learn: A Deep Imitation Learning Approach, 2018; Ross, Gordon, Bagnell: A Reduction of Imitation
@@ -104,7 +104,7 @@ def supervised(
     if target not in get_args(Target):
         raise ValueError(f"supervised: target must be one of {get_args(Target)}, got {target!r}")
     require(temperature > 0, f"supervised: temperature must be > 0, got {temperature}")
-    check_scores("supervised", policy)
+    score = score_of("supervised", policy)
     check_budget(budget, k)
     rounds = episodes * (budget // k)
     require(capacity >= rounds, f"supervised: a capacity of {capacity} does not hold the {rounds} rounds of a step")
@@ -131,8 +131,8 @@ def supervised(
 
     run = episode(learner, policy, budget=budget, k=k, annotate=annotate, revise=follow)
 
-    def play(key: Array, params: PyTree, meta: PyTree, problem: Problem, expert: Array) -> Trajectory:
-        return run(key, (params, (problem.y, problem.validation, expert)), meta, problem)
+    def play(key: Array, meta: PyTree, params: PyTree, problem: Problem, expert: Array) -> Trajectory:
+        return run(key, meta, (params, (problem.y, problem.validation, expert)), problem)
 
     def standardised(value: Array, known: Array) -> Array:
         weight = known.astype(jnp.float32)
@@ -143,7 +143,7 @@ def supervised(
         return jnp.where(known & (scale > 1e-8), (value - mean) / jnp.where(scale > 1e-8, scale, 1.0), 0.0)
 
     def one_loss(params: PyTree, observation: PyTree, value: Array, known: Array) -> tuple[Array, Array]:
-        scores, _ = policy.score(params, observation)
+        scores, _ = score(params, observation)
         weight = known.astype(jnp.float32)
         total = jnp.maximum(weight.sum(), 1.0)
         worth = standardised(value, known)
@@ -160,7 +160,7 @@ def supervised(
 
     def memory(key: Array, params: PyTree, meta: PyTree, data: PyTree) -> Collected:
         def sample() -> Trajectory:
-            return play(key, params, meta, sampler(key, data), jnp.zeros((), bool))
+            return play(key, meta, params, sampler(key, data), jnp.zeros((), bool))
 
         shapes = jax.eval_shape(sample)
         ring = lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype)  # noqa: E731
@@ -173,7 +173,7 @@ def supervised(
 
         def one(key: Array) -> Trajectory:
             problem_key, run_key = jax.random.split(key)
-            return play(run_key, state.params, state.meta, sampler(problem_key, data), state.step < expert_steps)
+            return play(run_key, state.meta, state.params, sampler(problem_key, data), state.step < expert_steps)
 
         runs = one_by_one(one, jax.random.split(play_key, episodes), chunk)
         kept = state.memory

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from metaal_jax import exemplars
+from metaal_jax.tasks import shapes
 
 
 def pictures(count=6, size=32, channels=3):
@@ -18,7 +18,7 @@ def pictures(count=6, size=32, channels=3):
 
 
 PICTURES = pictures()
-DRAW = jax.jit(jax.vmap(exemplars.shape_exemplars(examples=5)))
+DRAW = jax.jit(jax.vmap(shapes.shape_exemplars(examples=5)))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_examples_of_a_class_are_more_alike_than_classes(drawn):
 def test_without_deformation_only_level_and_width_vary():
     """All examples are threshold sets of one picture: their ink is nested, and nothing moves."""
     options = {"examples": 8, "affine": 0.0, "elastic": 0.0, "filled": 1.0}
-    draw = jax.jit(jax.vmap(exemplars.shape_exemplars(**options)))
+    draw = jax.jit(jax.vmap(shapes.shape_exemplars(**options)))
     x, ink = draw(jax.random.split(jax.random.key(3), 6), PICTURES)
     checked = 0
     for one, share in zip(np.asarray(x)[..., 0].astype(int), ink, strict=True):
@@ -76,7 +76,7 @@ def test_without_deformation_only_level_and_width_vary():
 
 @pytest.mark.parametrize("size", [8, 20])
 def test_size(size):
-    draw = exemplars.shape_exemplars(examples=2, size=size)
+    draw = shapes.shape_exemplars(examples=2, size=size)
     shape = jax.eval_shape(draw, jax.random.key(0), jax.ShapeDtypeStruct((40, 30, 1), jnp.uint8))
     assert shape[0].shape == (2, size, size, 1)
     assert shape[0].dtype == jnp.uint8
@@ -84,7 +84,7 @@ def test_size(size):
 
 def test_grey_and_float_pictures_are_the_colour_ones():
     grey = PICTURES[0, ..., 0]
-    blurred = jax.jit(exemplars._blurred, static_argnums=1)
+    blurred = jax.jit(shapes._blurred, static_argnums=1)
     wanted = blurred(np.stack([grey] * 3, -1), 1.0)
     assert wanted.shape == (32, 32)
     for other in (grey, grey[..., None], grey.astype(np.float32) / 255):
@@ -95,8 +95,8 @@ def test_grey_and_float_pictures_are_the_colour_ones():
 def test_blur_is_scipys(sigma):
     image = np.random.default_rng(1).random((11, 7)).astype(np.float32)
     wanted = ndimage.gaussian_filter(image.astype(np.float64), sigma, mode="nearest")
-    np.testing.assert_allclose(jax.jit(exemplars._blurred, static_argnums=1)(image, sigma), wanted, atol=1e-5)
-    np.testing.assert_array_equal(exemplars._blurred(jnp.asarray(image), 0.0), image)
+    np.testing.assert_allclose(jax.jit(shapes._blurred, static_argnums=1)(image, sigma), wanted, atol=1e-5)
+    np.testing.assert_array_equal(shapes._blurred(jnp.asarray(image), 0.0), image)
 
 
 def test_bilinear_is_scipys():
@@ -104,12 +104,12 @@ def test_bilinear_is_scipys():
     image = rng.random((9, 13)).astype(np.float32)
     y, x = rng.uniform(-3, 12, 200), rng.uniform(-3, 16, 200)  # some of them beyond the border
     wanted = ndimage.map_coordinates(image.astype(np.float64), [y, x], order=1, mode="nearest")
-    got = jax.jit(exemplars._bilinear)(image, y.astype(np.float32), x.astype(np.float32))
+    got = jax.jit(shapes._bilinear)(image, y.astype(np.float32), x.astype(np.float32))
     np.testing.assert_allclose(got, wanted, atol=2e-3)  # the last row is read 0.001 short of its end
 
 
 def test_control_points_are_interpolated():
-    matrix = exemplars._interpolation(28, 4)
+    matrix = shapes._interpolation(28, 4)
     np.testing.assert_allclose(matrix.sum(1), 1, atol=1e-5)
     np.testing.assert_allclose(matrix[0], [1, 0, 0, 0], atol=1e-5)
     np.testing.assert_allclose(matrix[-1], [0, 0, 0, 1], atol=1e-5)
@@ -126,4 +126,4 @@ def test_control_points_are_interpolated():
 )
 def test_numbers_out_of_range(options, said):
     with pytest.raises(ValueError, match=said):
-        exemplars.shape_exemplars(**options)
+        shapes.shape_exemplars(**options)

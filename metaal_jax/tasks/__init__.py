@@ -1,0 +1,22 @@
+"""Samplers, `(key, data) -> Task | Problem`, that draw from arrays on the device; and what prepares those arrays."""
+
+from metaal_jax.tasks.class_data import ClassData, class_data, split_classes
+from metaal_jax.tasks.composed import composed_problems
+from metaal_jax.tasks.few_shot import few_shot, growing, minibatches, mixture
+from metaal_jax.tasks.problems import ProblemData, problem, problems
+from metaal_jax.tasks.shapes import shape_exemplars
+
+__all__ = [
+    "ClassData",
+    "ProblemData",
+    "class_data",
+    "composed_problems",
+    "few_shot",
+    "growing",
+    "minibatches",
+    "mixture",
+    "problem",
+    "problems",
+    "shape_exemplars",
+    "split_classes",
+]
