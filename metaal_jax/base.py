@@ -74,6 +74,16 @@ class Prediction(NamedTuple):
     embedding: Array
 
 
+class LossFn(Protocol):
+    """`(outputs, y, weight) -> []`: a weighted loss, or a score of the same form.
+
+    `outputs` are float32 `[n, c]`, `y` what a `Batch` holds, `weight` float32 `[n]`. Rows of weight 0 count for nothing
+    whatever they hold, and without any row of weight the value and its gradient are 0.
+    """
+
+    def __call__(self, outputs: Array, y: Array, weight: Array, /) -> Array: ...  # noqa: D102
+
+
 class InitFn(Protocol):
     """`(key, x) -> meta`: fresh meta-parameters for inputs like `x` (leaves `[n, ...]`, only shapes matter)."""
 
@@ -267,6 +277,21 @@ def require(condition: object, message: str) -> None:
     """
     if not isinstance(condition, jax.core.Tracer) and not condition:
         raise ValueError(message)
+
+
+def is_classes(y: Array) -> bool:
+    """Whether labels are classes: integers, one a row. Everything else is a target or a probability."""
+    return bool(jnp.issubdtype(y.dtype, jnp.integer)) and y.ndim == 1
+
+
+def require_classes(name: str, view: PoolView) -> None:
+    """Raises `ValueError` where a rule that needs class probabilities meets targets that are no classes."""
+    y = view.labelled.y
+    if not is_classes(y):
+        raise ValueError(
+            f"{name}: needs class probabilities, and labels of {y.dtype} {list(y.shape)} are no classes; for targets "
+            "use a rule for regression, such as acquisition.igs"
+        )
 
 
 def rows_of(x: PyTree) -> int:
