@@ -2,6 +2,8 @@
 
 from metaal_jax import (
     acquisition,
+    annotators,
+    checkpoint,
     data,
     learners,
     loop,
@@ -13,8 +15,10 @@ from metaal_jax import (
     stopping,
     tasks,
 )
+from metaal_jax.active import ActiveLearner
 from metaal_jax.base import (
-    ActiveLearner,
+    Annotator,
+    Answer,
     Batch,
     Decision,
     Learner,
@@ -23,6 +27,7 @@ from metaal_jax.base import (
     Prediction,
     Problem,
     Task,
+    Trainable,
     check_learner,
     check_policy,
 )
@@ -33,6 +38,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ActiveLearner",
+    "Annotator",
+    "Answer",
     "Batch",
     "Decision",
     "Learner",
@@ -41,10 +48,13 @@ __all__ = [
     "Prediction",
     "Problem",
     "Task",
+    "Trainable",
     "acquisition",
     "active_learner",
+    "annotators",
     "check_learner",
     "check_policy",
+    "checkpoint",
     "data",
     "learners",
     "loop",

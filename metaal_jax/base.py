@@ -1,8 +1,9 @@
 """The records that every algorithm of the package is made of, and the checks of their contracts.
 
-An algorithm is a factory that takes keyword-only hyperparameters and returns one of the records `Learner`, `Policy`
-or `ActiveLearner`: tuples of pure functions. The other records are data that travel between those functions. All of
-them are pytrees, so whole problems, states and traces can be vmapped, scanned, sharded and saved.
+An algorithm is a factory that takes keyword-only hyperparameters and returns a record of pure functions: `Learner`,
+`Policy`, `Annotator`, or `ActiveLearner` (see `metaal_jax.active`). The other records are data that travel between
+those functions. All of them are pytrees, so whole problems, states and traces can be vmapped, scanned, sharded and
+saved.
 
 Letters in shapes: `n` pool rows, `c` classes, `d` features, `m` committee members, `k` rows asked for in one round.
 """
@@ -23,7 +24,8 @@ class Batch(NamedTuple):
 
     Attributes:
       x: leaves `[n, ...]`; images may stay uint8 until the model reads them.
-      y: int32 `[n]` classes, or `[n, ...]` targets for regression.
+      y: int32 `[n]` classes; float32 targets `[n]` or `[n, t]`; or float32 `[n, c]` class probabilities. The dtype
+        tells which: integers are classes, everything else is not.
       weight: float32 `[n]`, 0 marks padding, which changes no result.
     """
 
@@ -40,33 +42,37 @@ class Task(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One pool-based active-learning problem.
+    """One pool-based active-learning problem; `metaal_jax.tasks.problem` makes one and checks what it is given.
 
     Attributes:
       x: the pool, leaves `[n, ...]`.
-      y: int32 `[n]`, the hidden labels. Only the simulated oracle inside `ActiveLearner.step` reads them; where a
-        person answers, `None`.
+      y: the hidden labels, int32 `[n]` classes or float32 targets `[n]` or `[n, t]`. Only simulated annotators read
+        them; where a person answers, `None`.
       weight: float32 `[n]`, 0 marks padding rows, which are never asked for.
       cost: float32 `[n]`, the price of each row's label.
-      test: the rows on which a run is reported.
-      validation: rows for choices made during a run, disjoint from `test`; may be all padding.
+      test: the rows on which a run is reported; `None` for a run that nobody judges.
+      validation: rows for choices made during a run, disjoint from `test`; may be all padding. Its `y` is the example
+        that label buffers are shaped by.
       initial: int32 `[i]`, pool rows labelled before the first round, -1 for none. Shape `[0]` is a cold start.
+      initial_y: `[i, ...]`, the labels of the initial rows where they are known otherwise than from `y`, else `None`.
     """
 
     x: PyTree
     y: Array | None
     weight: Array
     cost: Array
-    test: Batch
+    test: Batch | None
     validation: Batch
     initial: Array
+    initial_y: Array | None = None
 
 
 class Prediction(NamedTuple):
     """What a learner says of `n` rows.
 
     Attributes:
-      logits: float32 `[m, n, c]`; one slice a committee member, `m = 1` for a single model.
+      logits: float32 `[m, n, c]`, the outputs where the loss is no classification; one slice a committee member,
+        `m = 1` for a single model.
       embedding: float32 `[m, n, d]` or `[1, n, d]`, the input of the last layer.
     """
 
@@ -170,12 +176,14 @@ class Decision(NamedTuple):
       valid: bool `[k]`, False where nothing was left to ask; such an entry of `index` means nothing.
       log_prob: float32 `[]`, 0 for deterministic rules.
       scores: float32 `[n]`, what the rule thought of each row, higher = sooner.
+      annotator: int32 `[k]`, who is asked, where a rule chooses among several annotators; else `None`.
     """
 
     index: Array  # type: ignore[assignment]
     valid: Array
     log_prob: Array
     scores: Array
+    annotator: Array | None = None
 
 
 class PolicyInitFn(Protocol):
@@ -254,20 +262,44 @@ class Policy(NamedTuple):
     train: Trainable | None = None
 
 
-class ActiveLearner(NamedTuple):
-    """The active-learning loop around a learner and a policy; see `metaal_jax.loop.active_learner`.
+class Answer(NamedTuple):
+    """What came back for the rows of a decision.
 
     Attributes:
-      init: `(key, meta, policy_params, problem) -> state`.
-      ask: `(key, meta, policy_params, state, problem) -> (Decision, state)`.
-      tell: `(key, meta, state, problem, decision, y, weight) -> state`; weight 0 = no answer; never reads problem.y.
-      step: `(key, meta, policy_params, state, problem) -> (state, info)`: ask, simulated oracle, tell, evaluate.
+      y: `[k, ...]`, the labels, shaped and typed like those of the problem.
+      weight: `[k]`, 0 where nobody can tell: the row is not asked for again. `None` for an answer to every row.
+      later: bool `[k]`, True for rows to ask for again another time; what `y` and `weight` say of them is ignored.
+        `None` for none.
+      cost: float32 `[k]`, what asking for each row cost. `None` for `Problem.cost` where there is an answer, else 0.
+      annotator: int32 `[k]`, who answered. `None` for the one whom the decision asked, or annotator 0.
     """
 
-    init: Any
-    ask: Any
-    tell: Any
-    step: Any
+    y: Array
+    weight: Array | None = None
+    later: Array | None = None
+    cost: Array | None = None
+    annotator: Array | None = None
+
+
+class AnnotatorInitFn(Protocol):
+    """`(key, problem) -> state`, once a run."""
+
+    def __call__(self, key: Array, problem: Problem, /) -> PyTree: ...  # noqa: D102
+
+
+class AnswerFn(Protocol):
+    """`(key, state, problem, decision) -> (Answer, state)`."""
+
+    def __call__(  # noqa: D102
+        self, key: Array, state: PyTree, problem: Problem, decision: Decision, /
+    ) -> tuple[Answer, PyTree]: ...
+
+
+class Annotator(NamedTuple):
+    """Who answers in a simulated run; see `metaal_jax.annotators`."""
+
+    init: AnnotatorInitFn
+    answer: AnswerFn
 
 
 def require(condition: object, message: str) -> None:
@@ -302,15 +334,28 @@ def rows_of(x: PyTree) -> int:
     return sizes.pop()
 
 
+def judging_rows(name: str, problem: Problem) -> Batch:
+    """The rows that a run is reported on; raises `ValueError` for a problem without."""
+    if problem.test is None:
+        raise ValueError(f"{name}: judges runs on the problem's test rows, and there are none; give test_x and test_y")
+    return problem.test
+
+
 def take(x: PyTree, index: Array) -> PyTree:
-    """Rows `index` of every leaf."""
-    return jax.tree.map(lambda leaf: leaf[index], x)
+    """Rows `index` of every leaf; NumPy leaves become JAX arrays."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], x)
 
 
-def empty_batch(x: PyTree, rows: int) -> Batch:
-    """An all-padding batch of `rows` rows shaped like those of `x`."""
+def on_device(tree: PyTree) -> PyTree:
+    """NumPy leaves, such as those of a file, as JAX arrays: a tracer can index the one and not the other."""
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def empty_batch(x: PyTree, rows: int, y: Array | None = None) -> Batch:
+    """An all-padding batch of `rows` rows shaped like those of `x` and labels like those of `y`, classes by default."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros((rows, *leaf.shape[1:]), leaf.dtype), x)
-    return Batch(x=zeros, y=jnp.zeros(rows, jnp.int32), weight=jnp.zeros(rows, jnp.float32))
+    labels = jnp.zeros(rows, jnp.int32) if y is None else jnp.zeros((rows, *y.shape[1:]), y.dtype)
+    return Batch(x=zeros, y=labels, weight=jnp.zeros(rows, jnp.float32))
 
 
 def pad_batch(batch: Batch, rows: int) -> Batch:

@@ -1,4 +1,4 @@
-"""Scores of a model, summaries of a learning curve and intervals over seeds."""
+"""Scores of a model on classes, targets or several labels, summaries of a learning curve and intervals over seeds."""
 
 from typing import NamedTuple
 
@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from metaal_jax.base import is_classes
 from metaal_jax.losses import accuracy, consensus, weighted_mean
 
 
 class Score(NamedTuple):
-    """How good a prediction is; every field float32 `[]`.
+    """How good predicted classes are; every field float32 `[]`.
 
     Attributes:
-      accuracy: share of right rows, by the members' consensus.
+      accuracy: share of right rows, by the members' consensus. A row whose prediction is not a number is wrong.
       member_accuracy: mean accuracy of the single members; equals `accuracy` for a single model.
+      balanced_accuracy: mean over the classes that occur of the share of their rows that are right.
       nll: mean negative log-likelihood in nats.
       brier: mean squared distance of the probabilities from the one-hot truth, summed over classes.
       ece: expected calibration error over 15 equal bins of confidence.
@@ -23,22 +25,116 @@ class Score(NamedTuple):
 
     accuracy: Array
     member_accuracy: Array
+    balanced_accuracy: Array
     nll: Array
     brier: Array
     ece: Array
 
 
+class RegressionScore(NamedTuple):
+    """How good predicted targets are; every field float32 `[]`, errors being means over rows and targets.
+
+    Attributes:
+      rmse: root of the mean squared error of the members' mean, in units of the targets.
+      mae: mean absolute error of the members' mean.
+      r2: share of the targets' variance that is explained; 0 for a constant prediction of the mean, also where all
+        targets are equal.
+    """
+
+    rmse: Array
+    mae: Array
+    r2: Array
+
+
+class LabelsScore(NamedTuple):
+    """How good predictions of several labels at once are; every field float32 `[]`.
+
+    Attributes:
+      accuracy: share of right labels, by the members' mean probability.
+      exact: share of rows whose labels are all right.
+      nll: mean negative log-likelihood of a row's labels, in nats.
+    """
+
+    accuracy: Array
+    exact: Array
+    nll: Array
+
+
 def score(logits: Array, y: Array, weight: Array) -> Score:
-    """`Score` of logits `[m, n, c]` against classes `[n]` under weights `[n]`; zeros where all weights are 0."""
+    """`Score` of logits `[m, n, c]` against classes `[n]` under weights `[n]`; zeros where all weights are 0.
+
+    Raises:
+      ValueError: for labels that are no classes.
+    """
+    if not is_classes(y):
+        raise ValueError(
+            f"metrics.score: y must be integer classes [n], got {y.dtype} {list(y.shape)}; for targets give "
+            "score=metrics.regression_score, for several labels at once score=metrics.labels_score"
+        )
     log_probs = consensus(logits)
-    truth = jax.nn.one_hot(y, log_probs.shape[-1], dtype=log_probs.dtype)
+    classes = log_probs.shape[-1]
+    truth = jax.nn.one_hot(y, classes, dtype=log_probs.dtype)
     probs = jnp.exp(log_probs)
+    right = (log_probs.argmax(-1) == y) & jnp.isfinite(log_probs.max(-1))
+    mass = jnp.where(weight[:, None] > 0, weight[:, None] * truth, 0.0).sum(0)
+    hits = jnp.where(right[:, None] & (weight[:, None] > 0), weight[:, None] * truth, 0.0).sum(0)
+    there = mass > 0
+    recall = jnp.where(there, hits / jnp.where(there, mass, 1.0), 0.0)
     return Score(
         accuracy=accuracy(log_probs, y, weight),
         member_accuracy=jax.vmap(accuracy, in_axes=(0, None, None))(logits, y, weight).mean(),
+        balanced_accuracy=recall.sum() / jnp.maximum(there.sum(), 1),
         nll=weighted_mean(-jnp.take_along_axis(log_probs, y[:, None], axis=-1)[:, 0], weight),
         brier=weighted_mean(((probs - truth) ** 2).sum(-1), weight),
         ece=expected_calibration_error(log_probs, y, weight),
+    )
+
+
+def regression_score(outputs: Array, y: Array, weight: Array) -> RegressionScore:
+    """`RegressionScore` of outputs `[m, n, t]` against float targets `[n]` or `[n, t]`; zeros where all weights are 0.
+
+    Raises:
+      ValueError: for classes, or targets of another shape.
+    """
+    predicted = outputs.mean(0)
+    truth = y[:, None] if y.ndim == 1 else y
+    if jnp.issubdtype(y.dtype, jnp.integer) or truth.shape != predicted.shape:
+        raise ValueError(
+            f"metrics.regression_score: y must be float targets like the outputs {list(predicted.shape)}, got "
+            f"{y.dtype} {list(y.shape)}"
+        )
+    real = weight[:, None] > 0
+    total = jnp.where(weight > 0, weight, 0.0).sum()
+    share = jnp.where(weight > 0, weight, 0.0) / jnp.where(total > 0, total, 1.0)
+    truth, error = jnp.where(real, truth, 0.0), jnp.where(real, predicted - truth, 0.0)
+    squared = share @ error**2
+    spread = share @ jnp.where(real, truth - share @ truth, 0.0) ** 2
+    return RegressionScore(
+        rmse=jnp.sqrt(squared.mean()),
+        mae=(share @ jnp.abs(error)).mean(),
+        r2=jnp.where(spread > 0, 1.0 - squared / jnp.where(spread > 0, spread, 1.0), 0.0).mean(),
+    )
+
+
+def labels_score(outputs: Array, y: Array, weight: Array) -> LabelsScore:
+    """`LabelsScore` of outputs `[m, n, c]` against labels `[n, c]`, 0 or 1 each; zeros where all weights are 0.
+
+    Raises:
+      ValueError: for labels of another shape than the outputs.
+    """
+    if y.shape != outputs.shape[1:]:
+        raise ValueError(
+            f"metrics.labels_score: y must be labels [n, c] like the outputs {list(outputs.shape[1:])}, got "
+            f"{list(y.shape)}"
+        )
+    yes = jax.nn.logsumexp(jax.nn.log_sigmoid(outputs), axis=0) - jnp.log(outputs.shape[0])
+    no = jax.nn.logsumexp(jax.nn.log_sigmoid(-outputs), axis=0) - jnp.log(outputs.shape[0])
+    right = ((yes > no) == (y > 0.5)) & jnp.isfinite(yes)
+    nll = -(jnp.where(y > 0, y * yes, 0.0) + jnp.where(y < 1, (1 - y) * no, 0.0)).sum(-1)
+    return LabelsScore(
+        accuracy=weighted_mean(right.mean(-1, dtype=outputs.dtype), weight),
+        exact=weighted_mean(right.all(-1).astype(outputs.dtype), weight),
+        nll=weighted_mean(nll, weight),
     )
 
 
@@ -48,10 +144,11 @@ def expected_calibration_error(log_probs: Array, y: Array, weight: Array, *, bin
     Reference: Guo et al.: On Calibration of Modern Neural Networks, 2017.
     """
     confidence = jnp.exp(log_probs.max(-1))
+    known = (weight > 0) & jnp.isfinite(confidence)
     right = (log_probs.argmax(-1) == y).astype(log_probs.dtype)
-    bin_of = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
-    gap = jnp.zeros(bins, log_probs.dtype).at[bin_of].add(weight * (right - confidence))
-    total = weight.sum()
+    bin_of = jnp.clip(jnp.ceil(jnp.where(known, confidence, 0.0) * bins).astype(jnp.int32) - 1, 0, bins - 1)
+    gap = jnp.zeros(bins, log_probs.dtype).at[bin_of].add(jnp.where(known, weight * (right - confidence), 0.0))
+    total = jnp.where(weight > 0, weight, 0.0).sum()
     return jnp.abs(gap).sum() / jnp.where(total > 0, total, 1.0)
 
 

@@ -5,20 +5,22 @@ so, asks for nothing more: the remaining rounds of the scan are masked. `stops(r
 where another rule would have stopped.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.uncertainty import entropy_of
-from metaal_jax.base import Decision, PoolView, PyTree, require
+from metaal_jax.base import Decision, PoolView, PyTree, is_classes, require, require_classes
 from metaal_jax.losses import consensus
 
 
 class Signals(NamedTuple):
     """What stopping rules may look at: a round's numbers before its answers, each `[]`, `[rounds]` in a trace.
+
+    `agreement`, `changed` and `uncertainty` are about classes, and NaN where labels are targets.
 
     Attributes:
       count: int32, labelled rows.
@@ -39,16 +41,30 @@ class Signals(NamedTuple):
     gain: Array
 
 
+class StoppingInitFn(Protocol):
+    """`() -> state`."""
+
+    def __call__(self) -> PyTree: ...  # noqa: D102
+
+
+class StoppingUpdateFn(Protocol):
+    """`(state, signals) -> (state, stop bool [])`, once a round, before its questions are asked."""
+
+    def __call__(self, state: PyTree, signals: Signals, /) -> tuple[PyTree, Array]: ...  # noqa: D102
+
+
 class StoppingRule(NamedTuple):
     """Says when to stop.
 
     Attributes:
-      init: `() -> state`.
-      update: `(state, signals) -> (state, stop bool [])`, once a round, before its questions are asked.
+      init: see `StoppingInitFn`.
+      update: see `StoppingUpdateFn`.
+      needs_classes: name of the rule if it looks at predicted classes and is refused for targets, else `""`.
     """
 
-    init: Any
-    update: Any
+    init: StoppingInitFn
+    update: StoppingUpdateFn
+    needs_classes: str = ""
 
 
 class StoppingState(NamedTuple):
@@ -67,9 +83,32 @@ class StoppingState(NamedTuple):
 
 def observe(view: PoolView, decision: Decision, before: Array) -> tuple[Signals, Array]:
     """The signals of a round and the pool's predicted classes, given those of the round before (-1 for none)."""
+    if is_classes(view.labelled.y):
+        agreement, changed, uncertainty, classes = _of_classes(view, before)
+    else:
+        agreement = changed = uncertainty = jnp.full((), jnp.nan)
+        classes = before
+    cost = view.cost[decision.index]
+    # What costs nothing is worth any price.
+    wanted = jnp.where(cost > 0, decision.scores[decision.index] / jnp.where(cost > 0, cost, 1.0), jnp.inf)
+    signals = Signals(
+        count=(view.labelled_index >= 0).sum(dtype=jnp.int32),
+        spent=view.spent,
+        budget=view.budget,
+        agreement=agreement,
+        changed=changed,
+        uncertainty=uncertainty,
+        gain=jnp.where(decision.valid, wanted, -jnp.inf).max(),
+    )
+    return signals, classes
+
+
+def _of_classes(view: PoolView, before: Array) -> tuple[Array, Array, Array, Array]:
+    """Agreement, share of changed rows, mean entropy, and the predicted classes, int32 `[n]`."""
     log_probs = consensus(view.prediction.logits)
+    finite = jnp.isfinite(log_probs.max(-1))
     classes = log_probs.argmax(-1).astype(jnp.int32)
-    real, first = view.weight > 0, (before < 0).all()
+    real, first = (view.weight > 0) & finite, (before < 0).all()
     total = jnp.maximum(real.sum(), 1)
     same = (real & (classes == before)).sum() / total
     shares = [
@@ -79,17 +118,7 @@ def observe(view: PoolView, decision: Decision, before: Array) -> tuple[Signals,
     kappa = jnp.where(chance < 1, (same - chance) / jnp.where(chance < 1, 1 - chance, 1.0), 1.0)
     left = real & ~view.queried
     uncertainty = jnp.where(left, entropy_of(log_probs), 0.0).sum() / jnp.maximum(left.sum(), 1)
-    wanted = decision.scores[decision.index] / jnp.maximum(view.cost[decision.index], 1e-30)
-    signals = Signals(
-        count=(view.labelled_index >= 0).sum(dtype=jnp.int32),
-        spent=view.spent,
-        budget=view.budget,
-        agreement=jnp.where(first, 0.0, kappa),
-        changed=jnp.where(first, 1.0, 1.0 - same),
-        uncertainty=uncertainty,
-        gain=jnp.where(decision.valid, wanted, -jnp.inf).max(),
-    )
-    return signals, classes
+    return jnp.where(first, 0.0, kappa), jnp.where(first, 1.0, 1.0 - same), uncertainty, classes
 
 
 def start(rule: StoppingRule, rows: int) -> StoppingState:
@@ -100,7 +129,9 @@ def start(rule: StoppingRule, rows: int) -> StoppingState:
 def advance(
     rule: StoppingRule, memory: StoppingState, view: PoolView, decision: Decision
 ) -> tuple[StoppingState, Signals]:
-    """One round of a rule inside the loop."""
+    """One round of a rule inside the loop; raises `ValueError` for a rule about classes where labels are targets."""
+    if rule.needs_classes:
+        require_classes(f"stopping.{rule.needs_classes}", view)
     signals, classes = observe(view, decision, memory.classes)
     state, stop = rule.update(memory.rule, signals)
     return StoppingState(rule=state, classes=classes, stopped=memory.stopped | stop), signals
@@ -170,7 +201,7 @@ def stabilised(*, agreement: float | Array = 0.99, rounds: int = 3) -> StoppingR
         # Rounds that were not there yet count -inf. The tolerance is for the rounding of a mean of equal numbers.
         return last, last.mean() >= agreement - 1e-6
 
-    return StoppingRule(init=lambda: jnp.full(rounds, -jnp.inf), update=update)
+    return StoppingRule(init=lambda: jnp.full(rounds, -jnp.inf), update=update, needs_classes="stabilised")
 
 
 def unchanged(*, share: float | Array = 0.0, rounds: int = 2) -> StoppingRule:
@@ -188,7 +219,7 @@ def unchanged(*, share: float | Array = 0.0, rounds: int = 2) -> StoppingRule:
         quiet = jnp.where(now.changed <= share + 1e-6, quiet + 1, 0)
         return quiet, quiet >= rounds
 
-    return StoppingRule(init=lambda: jnp.zeros((), jnp.int32), update=update)
+    return StoppingRule(init=lambda: jnp.zeros((), jnp.int32), update=update, needs_classes="unchanged")
 
 
 def certain(*, uncertainty: float | Array) -> StoppingRule:
@@ -200,7 +231,7 @@ def certain(*, uncertainty: float | Array) -> StoppingRule:
     Reference: Zhu, Wang, Hovy: Learning a Stopping Criterion for Active Learning, 2008.
     """
     require(uncertainty >= 0, f"certain: uncertainty must not be negative, got {uncertainty}")
-    return _of_now(lambda now: now.uncertainty <= uncertainty)
+    return _of_now(lambda now: now.uncertainty <= uncertainty)._replace(needs_classes="certain")
 
 
 def not_worth_it(*, worth: float | Array) -> StoppingRule:
@@ -229,11 +260,11 @@ def all_of(rules: Sequence[StoppingRule]) -> StoppingRule:
     return _together("all_of", rules, jnp.all)
 
 
-def _of_now(stop: Any) -> StoppingRule:
+def _of_now(stop: Callable[[Signals], Array]) -> StoppingRule:
     return StoppingRule(init=lambda: (), update=lambda state, now: (state, stop(now)))
 
 
-def _together(name: str, rules: Sequence[StoppingRule], how: Any) -> StoppingRule:
+def _together(name: str, rules: Sequence[StoppingRule], how: Callable[[Array], Array]) -> StoppingRule:
     rules = tuple(rules)
     require(rules, f"{name}: no rules given")
 
@@ -241,4 +272,5 @@ def _together(name: str, rules: Sequence[StoppingRule], how: Any) -> StoppingRul
         pairs = [rule.update(state, now) for rule, state in zip(rules, states, strict=True)]
         return tuple(state for state, _ in pairs), how(jnp.stack([stop for _, stop in pairs]))
 
-    return StoppingRule(init=lambda: tuple(rule.init() for rule in rules), update=update)
+    about = next((rule.needs_classes for rule in rules if rule.needs_classes), "")
+    return StoppingRule(init=lambda: tuple(rule.init() for rule in rules), update=update, needs_classes=about)

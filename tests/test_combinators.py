@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from metaal_jax import Learner, Prediction, acquisition, check_policy, tasks
+from metaal_jax import Answer, Learner, Prediction, acquisition, check_policy, tasks
 from metaal_jax.acquisition.lifts import descending_rank
 from metaal_jax.loop import active_learner
 from views import make_view, probabilities, reorder
@@ -316,7 +316,7 @@ def test_a_budget_in_units_of_cost(key):
     decision, state = active.ask(key, meta, (), state, problem)
     # 7 costs 3, 6 costs 4, 5 costs 1; then 1 is left: 4, 3 and 2 are too dear, 1 costs 1.
     assert decision.index[decision.valid].tolist() == [7, 6, 5, 1]
-    state = active.tell(key, meta, state, problem, decision, y[decision.index], jnp.ones(8))
+    state = active.tell(key, meta, state, problem, decision, Answer(y[decision.index]))
     assert float(state.spent) == 9.0
     assert not active.ask(key, meta, (), state, problem)[0].valid.any()
     poor = active_learner(NEAREST, policy, capacity=8, budget=0.5)

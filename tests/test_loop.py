@@ -10,11 +10,13 @@ import pytest
 from sklearn.datasets import load_digits
 
 from metaal_jax import (
+    Answer,
     Batch,
     Learner,
     Prediction,
     acquisition,
     active_learner,
+    annotators,
     learners,
     loop,
     models,
@@ -76,11 +78,7 @@ def run(active, key, problem, rounds, learner=CENTROIDS):
     meta_key, init_key, loop_key = jax.random.split(key, 3)
     meta = learner.init(meta_key, problem.x)
     start = active.init(init_key, meta, (), problem)
-
-    def body(state, number):
-        return active.step(jax.random.fold_in(loop_key, number), meta, (), state, problem)
-
-    return *jax.lax.scan(body, start, jnp.arange(rounds)), start
+    return *active.run(loop_key, meta, (), problem, rounds=rounds, state=start), start
 
 
 def plain(tree):
@@ -181,7 +179,7 @@ def test_asking_and_telling_from_python_picks_the_rows_of_the_scan(key, usual, p
         ask_key, tell_key = jax.random.split(jax.random.fold_in(loop_key, number))
         decision, state = ask(ask_key, meta, (), state, person)
         np.testing.assert_array_equal(decision.index, wanted.index[number])
-        state = tell(tell_key, meta, state, person, decision, problem.y[decision.index], jnp.ones(2))
+        state = tell(tell_key, meta, state, person, decision, Answer(problem.y[decision.index]))
     near(state, wanted_state)
 
 
@@ -197,7 +195,7 @@ def test_skipped_answers_are_not_asked_again_take_no_room_and_cost_nothing(key):
         assert decision.valid.all()
         seen += decision.index.tolist()
         weight = jnp.asarray([0.0, 1.0])  # the first is always skipped
-        state = tell(key, meta, state, problem, decision, problem.y[decision.index], weight)
+        state = tell(key, meta, state, problem, decision, Answer(problem.y[decision.index], weight))
         assert state.count == state.spent == number + 1
         assert state.labelled_index[: number + 1].tolist() == seen[1::2]
         assert state.labelled.weight.tolist() == [1.0] * (number + 1) + [0.0] * (3 - number)
@@ -277,11 +275,12 @@ def test_warm_start_goes_on_from_the_last_parameters(key, problem):
 
 @pytest.fixture(scope="module")
 def noisy():
-    """Random queries under oracles of several error rates: `wrong` and `silent` are mapped axes, not constants."""
+    """Random queries with annotators of several error rates: the rates are mapped axes, not constants."""
 
     def one(key, wrong, silent, problem):
         policy = acquisition.top_k(acquisition.random, k=6)
-        return run(active_learner(CENTROIDS, policy, capacity=12, wrong=wrong, silent=silent), key, problem, 2)
+        who = annotators.silent(annotators.noisy(annotators.truth(), rate=wrong, classes=CLASSES), rate=silent)
+        return run(active_learner(CENTROIDS, policy, capacity=12, annotator=who), key, problem, 2)
 
     seeds = jax.vmap(one, in_axes=(0, None, None, None))
     rates = (jnp.asarray([0.0, 0.3, 1.0, 0.0]), jnp.asarray([0.0, 0.0, 0.0, 1.0]))
@@ -290,7 +289,7 @@ def noisy():
     return problem, *go(jax.random.split(jax.random.key(9), 60), *rates, problem)
 
 
-def test_the_simulated_oracle_errs_as_often_as_told(noisy):
+def test_a_noisy_annotator_errs_as_often_as_told(noisy):
     problem, state, trace, _ = noisy
     truth = problem.y[trace.index]
     wrong = np.asarray(trace.y != truth)
@@ -305,7 +304,7 @@ def test_the_simulated_oracle_errs_as_often_as_told(noisy):
     np.testing.assert_array_equal(state.labelled.y[:3].reshape(3, 60, 2, 6), trace.y[:3])  # errors reach the learner
 
 
-def test_a_silent_oracle_labels_nothing(noisy):
+def test_a_silent_annotator_labels_nothing(noisy):
     _, state, trace, _ = noisy
     assert (trace.weight[3] == 0).all()
     assert (state.count[3] == 0).all()
@@ -317,8 +316,11 @@ def test_a_silent_oracle_labels_nothing(noisy):
 
 def test_arms_with_one_key_share_start_and_errors(key, problem):
     """Common random numbers: whatever the policy and the round, the same start and the same answer for a row."""
+    wrong = annotators.noisy(annotators.truth(), rate=0.5, classes=CLASSES)
     arms = [
-        compiled(acquisition.top_k(scorer, k=4), 4, capacity=16, wrong=0.5, silent=0.2)(key, problem)
+        compiled(acquisition.top_k(scorer, k=4), 4, capacity=16, annotator=annotators.silent(wrong, rate=0.2))(
+            key, problem
+        )
         for scorer in (acquisition.random, acquisition.entropy)
     ]
     same_bits(*(start for _, _, start in arms))
@@ -333,7 +335,7 @@ def test_arms_with_one_key_share_start_and_errors(key, problem):
     assert sum(given[0][row][0] != given[1][row][0] for row in both) >= 4  # asked for in other rounds
     assert any(given[0][row][1] != problem.y[row] for row in both)
     assert {given[0][row][2] for row in both} == {0.0, 1.0}
-    other = compiled(acquisition.top_k(acquisition.random, k=4), 4, capacity=16, wrong=0.5)(
+    other = compiled(acquisition.top_k(acquisition.random, k=4), 4, capacity=16, annotator=wrong)(
         jax.random.fold_in(key, 1), problem
     )[1]
     assert any(given[0][row][1] != y for row, y in zip(other.index.ravel().tolist(), other.y.ravel().tolist(),
@@ -420,7 +422,7 @@ def test_what_cannot_be(key, problem):
         start(problem, capacity=25)
     with pytest.raises(ValueError, match="an initial set of 3 rows does not fit a capacity of 2"):
         start(cloud(0, initial=[1, 2, 3]), capacity=2)
-    with pytest.raises(ValueError, match="needs its labels in y"):
+    with pytest.raises(ValueError, match="needs its labels"):
         start(cloud(0, initial=[1])._replace(y=None), capacity=2)
     active, state = start(problem._replace(y=None), capacity=2)
     with pytest.raises(ValueError, match=r"needs problem\.y"):
@@ -428,8 +430,6 @@ def test_what_cannot_be(key, problem):
     for name, options in {
         "capacity must be at least 1": {"capacity": 0},
         "budget must not be negative": {"capacity": 2, "budget": -1.0},
-        "wrong must be a probability": {"capacity": 2, "wrong": 1.5},
-        "silent must be a probability": {"capacity": 2, "silent": -0.1},
     }.items():
         with pytest.raises(ValueError, match=name):
             active_learner(CENTROIDS, MARGIN, **options)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaal_jax import acquisition, check_policy, models, policies
+from metaal_jax import Answer, acquisition, check_policy, models, policies
 from metaal_jax.base import Batch, Decision, Learner, Policy, Prediction, Problem
 from metaal_jax.loop import active_learner
 from metaal_jax.policies import episodes, features, policy_gradient
@@ -448,7 +448,7 @@ def test_the_policy_gradient_is_that_of_the_expected_return(key):
             decision, state = active.ask(key, meta, params, state, problem)
             log_prob += policy.train.evaluate(params, state.policy_state.observation, row[None])[0]
             decision = decision._replace(index=row[None], valid=jnp.ones(1, bool))
-            state = active.tell(key, meta, state, problem, decision, problem.y[row[None]], jnp.ones(1))
+            state = active.tell(key, meta, state, problem, decision, Answer(problem.y[row[None]]))
             logits = TOY.predict(state.params, problem.test.x).logits[0]
             gained += (logits.argmax(-1) == problem.test.y).mean() / 2
         return log_prob, gained

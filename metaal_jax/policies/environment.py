@@ -33,7 +33,7 @@ General-Purpose Active Learning Strategies, 2018, for the reward by labels.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -92,22 +92,44 @@ class EnvObservation(NamedTuple):
     mask: Array
 
 
+class ResetFn(Protocol):
+    """`(key, params) -> (observation, state)`: a fresh problem."""
+
+    def __call__(self, key: Array, params: EnvParams, /) -> tuple[EnvObservation, EnvState]: ...  # noqa: D102
+
+
+class EnvStepFn(Protocol):
+    """`(key, state, action, params) -> (observation, state, reward float32 [], done bool [], info)`.
+
+    `info` is a dictionary of `accuracy` float32 `[]` after the step, `row` int32 `[k]` (the pool's rows bought, -1 for
+    none), `count` int32 `[]` (labels) and `spent` float32 `[]` (their cost).
+    """
+
+    def __call__(  # noqa: D102
+        self, key: Array, state: EnvState, action: Array, params: EnvParams, /
+    ) -> tuple[EnvObservation, EnvState, Array, Array, dict[str, Array]]: ...
+
+
+class CountFn(Protocol):
+    """`(params) -> int`, a static number."""
+
+    def __call__(self, params: EnvParams, /) -> int: ...  # noqa: D102
+
+
 class Environment(NamedTuple):
     """A family of active-learning problems as pure functions; see `environment`.
 
     Attributes:
-      reset: `(key, params) -> (observation, state)`.
-      step: `(key, state, action, params) -> (observation, state, reward float32 [], done bool [], info)`; `info` is a
-        dictionary of `accuracy` float32 `[]` after the step, `row` int32 `[k]` (the pool's rows bought, -1 for none),
-        `count` int32 `[]` (labels) and `spent` float32 `[]` (their cost).
-      num_actions: `(params) -> int`, the rows on offer.
-      num_steps: `(params) -> int`, the most steps of an episode.
+      reset: see `ResetFn`.
+      step: see `EnvStepFn`.
+      num_actions: the rows on offer.
+      num_steps: the most steps of an episode.
     """
 
-    reset: Any
-    step: Any
-    num_actions: Any
-    num_steps: Any
+    reset: ResetFn
+    step: EnvStepFn
+    num_actions: CountFn
+    num_steps: CountFn
 
 
 def environment(
@@ -234,7 +256,9 @@ def environment(
             raise ValueError(f"environment: {candidates} candidates wanted, the pool has {n} rows; ask for fewer")
         return n if candidates is None else candidates
 
-    def judged(problem: Problem, validation: Score, test: Score) -> Array:
+    def judged(problem: Problem, validation: Score, test: Score | None) -> Array:
+        if test is None:
+            return validation.accuracy
         return jnp.where((problem.validation.weight > 0).any(), validation.accuracy, test.accuracy)
 
     def reset(key: Array, params: EnvParams) -> tuple[EnvObservation, EnvState]:
@@ -243,9 +267,8 @@ def environment(
         steps_of(problem), actions_of(problem)  # both check
         active = acting.init(init_key, params.meta, (), problem)
         observation, position = active.policy_state
-        validation, test = (
-            evaluate(learner, active.params, rows, chunk=chunk) for rows in (problem.validation, problem.test)
-        )
+        validation = evaluate(learner, active.params, problem.validation, chunk=chunk)
+        test = None if problem.test is None else evaluate(learner, active.params, problem.test, chunk=chunk)
         accuracy = judged(problem, validation, test)
         return observation, EnvState(
             problem=problem,

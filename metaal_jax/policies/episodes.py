@@ -6,7 +6,7 @@ of the source: the new task's are never seen), and gives a `PolicyTrainer`.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from metaal_jax.base import (
     PyTree,
     ScoreFn,
     Trainable,
+    judging_rows,
     require,
     rows_of,
 )
@@ -167,22 +168,18 @@ def episode(
             seen_policy,
             capacity=budget + problem.initial.shape[0],
             budget=budget + (problem.initial >= 0).sum(),
+            record=lambda state: (state.policy_state.observation, state.policy_state.notes) if record else ((), ()),
         )
         state = active.init(init_key, meta, policy_params, problem)
-        cold = evaluate(learner, state.params, problem.test).accuracy
-
-        def body(state: Any, round: Array) -> tuple[Any, tuple]:
-            state, info = active.step(jax.random.fold_in(loop_key, round), meta, policy_params, state, problem)
-            seen = (state.policy_state.observation, state.policy_state.notes) if record else ((), ())
-            return state, (info.index, info.weight > 0, info.log_prob, info.test.accuracy, *seen)
-
-        _, out = lax.scan(body, state, jnp.arange(budget // k))
-        index, bought, log_prob, accuracy, observation, notes = out
+        cold = evaluate(learner, state.params, judging_rows("episode", problem)).accuracy
+        _, info = active.run(loop_key, meta, policy_params, problem, rounds=budget // k, state=state)
+        index, (observation, notes) = info.index, info.record
         if index.shape[1] != k:
             raise ValueError(
                 f"this policy asks for {index.shape[1]} rows a round, the trainer for k={k}; give both one k"
             )
-        return Trajectory(observation, index, bought, log_prob, accuracy, cold, notes)
+        bought, accuracy = info.weight > 0, info.test.accuracy
+        return Trajectory(observation, index, bought, info.log_prob, accuracy, cold, notes)
 
     return run
 

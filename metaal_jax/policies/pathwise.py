@@ -18,6 +18,7 @@ from metaal_jax.base import (
     Problem,
     PyTree,
     ScoreFn,
+    judging_rows,
     require,
     rows_of,
 )
@@ -180,7 +181,7 @@ def pathwise(
 
     def episode_loss(key: Array, trained: PyTree, runs: Trajectory, problem: Problem, heat: Array) -> Array:
         params, meta = trained
-        n, y = rows_of(problem.x), jnp.asarray(problem.y)
+        n, y, test = rows_of(problem.x), jnp.asarray(problem.y), judging_rows("pathwise", problem)
 
         def choice(observation: PyTree, noise: Array) -> Array:
             _, _, chosen = relaxed_batch(score, params, observation, noise, temperature=heat, estimator=estimator)
@@ -204,8 +205,8 @@ def pathwise(
             def after(weight: Array) -> Array:
                 batch = Batch(x=problem.x, y=y, weight=weight)
                 adapted = judge.adapt(key, meta, batch, unlabelled=problem.x)
-                log_probs = consensus(judge.predict(adapted, problem.test.x).logits)
-                return cross_entropy(log_probs, problem.test.y, problem.test.weight)
+                log_probs = consensus(judge.predict(adapted, test.x).logits)
+                return cross_entropy(log_probs, test.y, test.weight)
 
             return lax.map(after, weights).mean()
 

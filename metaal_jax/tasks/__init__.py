@@ -3,7 +3,7 @@
 from metaal_jax.tasks.class_data import ClassData, class_data, split_classes
 from metaal_jax.tasks.composed import composed_problems
 from metaal_jax.tasks.few_shot import few_shot, growing, minibatches, mixture
-from metaal_jax.tasks.problems import ProblemData, problem, problems
+from metaal_jax.tasks.problems import ProblemData, extend, problem, problems
 from metaal_jax.tasks.shapes import shape_exemplars
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "ProblemData",
     "class_data",
     "composed_problems",
+    "extend",
     "few_shot",
     "growing",
     "minibatches",

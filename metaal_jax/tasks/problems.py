@@ -1,12 +1,16 @@
 """Active-learning problems: from a person's own arrays, or drawn from a labelled set on the device."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 
+from metaal_jax import inputs
 from metaal_jax.base import Batch, Problem, PyTree, empty_batch, require, rows_of, take
 from metaal_jax.tasks.class_data import ClassData
 
@@ -20,37 +24,159 @@ class ProblemData(NamedTuple):
 
 def problem(
     x: PyTree,
-    y: Array | None,
-    test_x: PyTree,
-    test_y: Array,
+    y: ArrayLike | None = None,
+    test_x: PyTree = None,
+    test_y: ArrayLike | None = None,
     *,
-    cost: Array | None = None,
-    initial: Array | None = None,
+    known: Mapping[int, Any] | None = None,
+    initial: ArrayLike | None = None,
     validation: Batch | None = None,
+    cost: ArrayLike | None = None,
+    classes: int | None = None,
+    example: ArrayLike | None = None,
+    rows: int | None = None,
 ) -> Problem:
-    """A `Problem` from plain arrays: unit costs, a cold start and no validation rows unless given.
+    """A `Problem` from plain arrays, checked: what cannot be right is refused with its first place.
+
+    >>> import numpy as np
+    >>> from metaal_jax import tasks
+    >>> x = np.random.default_rng(0).normal(size=(6, 2))
+    >>> problem = tasks.problem(x, known={4: 1, 0: 2}, classes=3)  # two rows have a label already
+    >>> problem.initial, problem.initial_y
+    (Array([4, 0], dtype=int32), Array([1, 2], dtype=int32))
+
+    Args:
+      x: the pool, leaves `[n, ...]`, finite.
+      y: its labels, which simulated annotators give: integers for classes, floats `[n]` or `[n, t]` for targets.
+        `None` where people answer.
+      test_x, test_y: labelled rows on which a run is reported; none by default.
+      known: labels that exist already, by row; the run starts from them.
+      initial: rows whose labels in `y` the run starts from, -1 for none; none by default.
+      validation: labelled rows for choices during a run; none by default.
+      cost: the price of each row's label, `[n]`, finite and at least 0; 1 by default.
+      classes: how many classes the model has outputs for. Without it labels are held against the outputs where the run
+        begins, outside compiled programs.
+      example: a label such as people will give, `np.float32(0)` or `np.zeros(3, np.float32)`, where nothing else tells;
+        a class by default.
+      rows: room for so many pool rows; those beyond `x` are padding, which `extend` fills.
+
+    Returns:
+      A `Problem` of JAX arrays.
 
     Raises:
-      ValueError: for costs of another number than the rows, or that are negative or not finite.
+      ValueError: for rows that hold NaN or no numbers; labels that are no numbers, of another number than the rows,
+        negative, or beyond `classes`; labels of different kinds; rows given twice or outside of the pool; costs that
+        are negative or not finite; test rows without labels or labels without rows.
     """
+    x = inputs.rows("problem", x)
     n = rows_of(x)
-    if cost is not None:
-        cost = jnp.asarray(cost, jnp.float32)
-        require(cost.shape == (n,), f"problem: {n} rows need as many costs, got shape {cost.shape}")
-        require(
-            (cost >= 0).all() & jnp.isfinite(cost).all(),
-            f"problem: costs must be finite and not negative, got {cost.min()} to {cost.max()}",
-        )
-    test = Batch(x=test_x, y=jnp.asarray(test_y, jnp.int32), weight=jnp.ones(rows_of(test_x)))
-    return Problem(
+    if rows is not None and rows < n:
+        raise ValueError(f"problem: room for {rows} rows does not hold the {n} of x; raise rows")
+    if known is not None and initial is not None:
+        raise ValueError("problem: give known={row: label} or initial=[row, ...], whose labels stand in y, not both")
+    label = functools.partial(inputs.labels, "problem", classes=classes)
+    y = None if y is None else label(y, count=n)
+    row, initial_y = inputs.row_numbers("problem", [] if initial is None else initial, count=n), None
+    if row.size and y is None:
+        raise ValueError("problem: the initial rows have no labels; give them as known={row: label}, or give y")
+    if known is not None:
+        row = inputs.row_numbers("problem", list(known), count=n, what="known")
+        if row.size:
+            initial_y = label(list(known.values()), count=row.size, what="known")
+    if (test_x is None) != (test_y is None):
+        raise ValueError("problem: give test_x and test_y, or neither")
+    test = None
+    if test_x is not None:
+        test_x = inputs.rows("problem", test_x, what="test_x")
+        test_y = label(test_y, count=rows_of(test_x), what="test_y")
+        test = Batch(x=test_x, y=test_y, weight=jnp.ones(rows_of(test_x)))
+    if validation is not None:
+        held = inputs.rows("problem", validation.x, what="validation.x")
+        validation = validation._replace(x=held, y=label(validation.y, count=rows_of(held), what="validation.y"))
+    shapes = [(what, labels) for what, labels in (
+        ("y", y), ("known", initial_y), ("test_y", None if test is None else test.y),
+        ("validation.y", None if validation is None else validation.y),
+        ("example", None if example is None else label(np.asarray(example)[None], count=1, what="example")),
+    ) if labels is not None]  # fmt: skip
+    for what, labels in shapes[1:]:
+        if (labels.dtype, labels.shape[1:]) != (shapes[0][1].dtype, shapes[0][1].shape[1:]):
+            raise ValueError(
+                f"problem: {what} is {labels.dtype} {list(labels.shape)} and {shapes[0][0]} {shapes[0][1].dtype} "
+                f"{list(shapes[0][1].shape)}; integers are classes and floats are targets, so give all in one kind"
+            )
+    made = Problem(
         x=x,
-        y=None if y is None else jnp.asarray(y, jnp.int32),
+        y=y,
         weight=jnp.ones(n),
-        cost=jnp.ones(n) if cost is None else cost,
+        cost=_costs(cost, n),
         test=test,
-        validation=empty_batch(test_x, 1) if validation is None else validation,
-        initial=jnp.zeros(0, jnp.int32) if initial is None else jnp.asarray(initial, jnp.int32),
+        validation=empty_batch(x, 1, shapes[0][1] if shapes else None) if validation is None else validation,
+        initial=row,
+        initial_y=initial_y,
     )
+    return made if rows is None else _padded(made, rows)
+
+
+def extend(problem: Problem, x: PyTree, y: ArrayLike | None = None, *, cost: ArrayLike | None = None) -> Problem:
+    """The problem with new rows in the place of padding, so that no shape changes and nothing compiles anew.
+
+    Rows keep their numbers. Let the policy see the new pool: `state = active.begin(key, meta, policy_params, state,
+    problem)`.
+
+    Args:
+      problem: made with room, `problem(..., rows=...)`.
+      x: new rows, leaves `[j, ...]`, like those of the pool.
+      y: their labels, where the problem has labels.
+      cost: the price of each row's label, `[j]`; 1 by default.
+
+    Raises:
+      ValueError: for more rows than there is room for, rows of another shape, and what `problem` raises; for a problem
+        that is traced.
+    """
+    if inputs.is_traced(problem, x):
+        raise ValueError("extend: works on concrete arrays, outside compiled programs")
+    x = inputs.rows("extend", x)
+    n, free = rows_of(x), np.flatnonzero(np.asarray(problem.weight) == 0)
+    if n > free.size:
+        raise ValueError(f"extend: {n} new rows, room for {free.size}; make the problem with problem(..., rows=...)")
+    if (y is None) != (problem.y is None):
+        raise ValueError("extend: the problem has labels, give y too" if y is None else "extend: the problem has no y")
+    for new, old in zip(jax.tree.leaves(x), jax.tree.leaves(problem.x), strict=True):
+        if new.shape[1:] != old.shape[1:]:
+            raise ValueError(f"extend: rows of shape {list(new.shape[1:])}, the pool's have {list(old.shape[1:])}")
+    place = free[:n]
+    put = lambda old, new: jnp.asarray(old).at[place].set(jnp.asarray(new).astype(old.dtype))  # noqa: E731
+    labels = None if y is None else inputs.labels("extend", y, count=n)
+    if labels is not None and problem.y is not None and labels.dtype != problem.y.dtype:
+        raise ValueError(f"extend: y is {labels.dtype}, the problem's labels are {problem.y.dtype}")
+    return problem._replace(
+        x=jax.tree.map(put, problem.x, x),
+        y=None if labels is None else put(problem.y, labels),
+        weight=put(problem.weight, jnp.ones(n)),
+        cost=put(problem.cost, _costs(cost, n, "extend")),
+    )
+
+
+def _costs(cost: ArrayLike | None, n: int, name: str = "problem") -> Array:
+    if cost is None:
+        return jnp.ones(n)
+    cost = jnp.asarray(cost, jnp.float32)
+    require(cost.shape == (n,), f"{name}: {n} rows need as many costs, got shape {cost.shape}")
+    require(
+        (cost >= 0).all() & jnp.isfinite(cost).all(),
+        f"{name}: costs must be finite and not negative, got {cost.min()} to {cost.max()}",
+    )
+    return cost
+
+
+def _padded(problem: Problem, rows: int) -> Problem:
+    """The problem with padding up to `rows` pool rows."""
+
+    def longer(leaf: Array) -> Array:
+        return jnp.pad(leaf, [(0, rows - leaf.shape[0])] + [(0, 0)] * (leaf.ndim - 1))
+
+    x, y, weight, cost = jax.tree.map(longer, problem[:4])
+    return problem._replace(x=x, y=y, weight=weight, cost=cost)
 
 
 def problems(
