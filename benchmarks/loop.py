@@ -86,16 +86,9 @@ def make_run(steps: int, segments: int) -> Callable[[Array, Problem], tuple[Arra
         meta = learner.init(meta_key, problem.x)
         state = actives[0].init(init_key, meta, (), problem)
         traces = []
-        for active, capacity, keys in zip(
-            actives, capacities, jax.random.split(loop_key, (segments, each)), strict=True
-        ):
-
-            def body(state, key, active=active):
-                state, info = active.step(key, meta, (), state, problem)
-                return state, (info.index, info.test.accuracy)
-
-            state, trace = jax.lax.scan(body, grow(state, capacity), keys)
-            traces.append(trace)
+        for active, capacity in zip(actives, capacities, strict=True):
+            state, trace = active.run(loop_key, meta, (), problem, rounds=each, state=grow(state, capacity))
+            traces.append((trace.index, trace.test.accuracy))
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *traces)
 
     return run

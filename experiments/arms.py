@@ -226,16 +226,13 @@ def make_run(arm: Arm, sampler: Callable, config: Any) -> Callable[..., Curves]:
         active = active_learner(arm.learner, arm.policy, capacity=arm.segments[0], chunk=chunk)
         state = active.init(loop_key, meta, rules, problem)
         scores = [jax.tree.map(lambda leaf: leaf[None], evaluate(arm.learner, state.params, problem.test, chunk=chunk))]
-        done = k
+        state, done = state._replace(round=jnp.int32(1)), k  # the first batch was a round
         for capacity in arm.segments:
             active = active_learner(arm.learner, arm.policy, capacity=capacity, chunk=chunk)
-
-            def body(state: Any, round: Array, active: Any = active) -> tuple[Any, Score]:
-                state, info = active.step(jax.random.fold_in(loop_key, round), meta, rules, state, problem)
-                return state, info.test
-
-            state, trace = jax.lax.scan(body, grow(state, capacity), jnp.arange(done // k, capacity // k))
-            scores.append(trace)
+            state, trace = active.run(
+                loop_key, meta, rules, problem, rounds=(capacity - done) // k, state=grow(state, capacity)
+            )
+            scores.append(trace.test)
             done = capacity
         return Curves(
             cold=evaluate(arm.single, unlabelled.params, problem.test, chunk=chunk),

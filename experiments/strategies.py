@@ -33,7 +33,8 @@ from tqdm import tqdm
 import meta_active
 from arms import make_arms, make_embed, make_model, standardised, without_head
 from meta_training import make_meta_job, meta_restore, meta_train
-from metaal_jax import learners, models, tasks
+from metaal_jax import annotators, learners, models, tasks
+from metaal_jax.active import ActiveState
 from metaal_jax.base import Learner, Problem, PyTree
 from metaal_jax.loop import active_learner
 from metaal_jax.metrics import Score
@@ -263,18 +264,18 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
 
     def run(key: jax.Array, problem: Problem, wrong: jax.Array) -> tuple[Score, jax.Array, PyTree]:
         init_key, begin_key, loop_key = jax.random.split(key, 3)
-        active = active_learner(learner, policy, capacity=budget, wrong=wrong)
+
+        def shares(state: ActiveState) -> PyTree:
+            own = state.policy_state
+            return own.last if isinstance(own, SelectorState) else ()
+
+        who = annotators.noisy(annotators.truth(), rate=wrong, classes=classes)
+        active = active_learner(learner, policy, capacity=budget, annotator=who, record=shares)
         meta = learner.init(init_key, problem.x)
         params = find(strategy).params(problem)
         state = active.init(begin_key, meta, params, problem)
-
-        def body(state: Any, round: jax.Array) -> tuple[Any, tuple[Score, PyTree]]:
-            state, info = active.step(jax.random.fold_in(loop_key, round), meta, params, state, problem)
-            own = state.policy_state
-            return state, (info.test, own.last if isinstance(own, SelectorState) else ())
-
-        state, (test, shares) = jax.lax.scan(body, state, jnp.arange(budget // k))
-        return test, problem.y[jnp.maximum(state.labelled_index, 0)], shares
+        state, trace = active.run(loop_key, meta, params, problem, rounds=budget // k, state=state)
+        return trace.test, problem.y[jnp.maximum(state.labelled_index, 0)], trace.record
 
     return run
 

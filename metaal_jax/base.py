@@ -449,7 +449,7 @@ def check_policy(policy: Policy, key: Array, view: PoolView, *, k: int) -> None:
 
     decision = jax.jit(decide)(key, view)
     n = view.row.shape[0]
-    shapes = tuple(leaf.shape for leaf in decision)
+    shapes = tuple(leaf.shape for leaf in decision[:4])
     _assert(shapes == ((k,), (k,), (), (n,)), f"decision shapes must be {((k,), (k,), (), (n,))}, got {shapes}")
     _assert(decision.index.dtype == jnp.int32, f"index must be int32, got {decision.index.dtype}")
     chosen = np.asarray(decision.index)[np.asarray(decision.valid)]

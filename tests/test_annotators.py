@@ -93,9 +93,7 @@ REFUSED = {
     "deviation must not be negative": lambda: annotators.jittered(TRUTH, deviation=-1.0),
     "the matrix must be square": lambda: annotators.confused(TRUTH, matrix=np.ones((2, 3)) / 3),
     "add up to 1": lambda: annotators.confused(TRUTH, matrix=np.ones((2, 2))),
-    r"problem\.y\[2\] is 2.*2 outputs": lambda: ask(
-        annotators.noisy(TRUTH, rate=0.1, classes=2), jax.random.key(0)
-    ),
+    r"problem\.y\[2\] is 2.*2 outputs": lambda: ask(annotators.noisy(TRUTH, rate=0.1, classes=2), jax.random.key(0)),
     r"changes classes \(integers\), the answers are float32": lambda: ask(
         annotators.noisy(TRUTH, rate=0.1, classes=2), jax.random.key(0), TARGETS
     ),

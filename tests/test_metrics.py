@@ -28,7 +28,15 @@ def plain_score(logits, y, weight):
             accuracy = (right[inside] * weight[inside]).sum() / mass
             confidence = (probs[inside].max(-1) * weight[inside]).sum() / mass
             ece += mass / total * abs(accuracy - confidence)
-    return metrics.Score(accuracy=right @ weight / total, member_accuracy=members, nll=nll, brier=brier, ece=ece)
+    recalls = [right[y == c] @ weight[y == c] / weight[y == c].sum() for c in np.unique(y[weight > 0])]
+    return metrics.Score(
+        accuracy=right @ weight / total,
+        member_accuracy=members,
+        balanced_accuracy=np.mean(recalls),
+        nll=nll,
+        brier=brier,
+        ece=ece,
+    )
 
 
 @pytest.mark.parametrize("members", [1, 3])
@@ -48,10 +56,38 @@ def test_score_of_extremes():
     score = jax.jit(metrics.score)
     logits = jnp.asarray([[[1e4, -1e4, 0.0], [1e4, -1e4, 0.0]]])
     right = score(logits, jnp.asarray([0, 0]), jnp.ones(2))
-    assert right == (1, 1, 0, 0, 0)
+    assert right == (1, 1, 1, 0, 0, 0)
     wrong = score(logits, jnp.asarray([1, 1]), jnp.ones(2))
-    assert wrong == (0, 0, 2e4, 2, 1)
-    assert score(logits, jnp.asarray([1, 1]), jnp.zeros(2)) == (0, 0, 0, 0, 0)  # no row of weight
+    assert wrong == (0, 0, 0, 2e4, 2, 1)
+    assert score(logits, jnp.asarray([1, 1]), jnp.zeros(2)) == (0, 0, 0, 0, 0, 0)  # no row of weight
+
+
+def test_regression_score_against_scikit_learn():
+    from sklearn.metrics import mean_absolute_error, mean_squared_error, r2_score
+
+    rng = np.random.default_rng(0)
+    outputs, y = rng.normal(size=(3, 50, 2)), rng.normal(size=(50, 2))
+    weight = rng.uniform(size=50) * (np.arange(50) % 4 > 0)
+    hole = np.where(weight[:, None] > 0, outputs, np.nan)  # padding may hold anything
+    got = jax.jit(metrics.regression_score)(*map(jnp.float32, (hole, y, weight)))
+    options = {"y_true": y, "y_pred": outputs.mean(0), "sample_weight": weight}
+    wanted = (mean_squared_error(**options) ** 0.5, mean_absolute_error(**options), r2_score(**options))
+    np.testing.assert_allclose(got, wanted, rtol=1e-4)
+    one = metrics.regression_score(*map(jnp.float32, (outputs[..., :1], y[:, 0], weight)))
+    assert one.rmse == metrics.regression_score(*map(jnp.float32, (outputs[..., :1], y[:, :1], weight))).rmse
+    assert metrics.regression_score(*map(jnp.float32, (outputs, y, 0 * weight))) == (0, 0, 0)
+
+
+def test_labels_score_against_numpy():
+    rng = np.random.default_rng(1)
+    outputs, y, weight = rng.normal(size=(2, 40, 3)), rng.integers(0, 2, (40, 3)), np.arange(40) % 3 > 0
+    probs = (1 / (1 + np.exp(-outputs))).mean(0)
+    right = (probs > 0.5) == (y > 0)
+    nll = -np.log(np.where(y > 0, probs, 1 - probs)).sum(1)
+    wanted = (right[weight].mean(), right[weight].all(1).mean(), nll[weight].mean())
+    hole = np.where(weight[:, None], outputs, np.nan)
+    got = metrics.labels_score(jnp.float32(hole), jnp.asarray(y), jnp.float32(weight))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
 def test_a_loss_ignores_padding_even_if_it_is_not_finite():

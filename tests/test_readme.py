@@ -14,16 +14,19 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-@pytest.mark.parametrize("number", range(2))
-def test_code_runs(number, capsys):
-    code = blocks("python")[number]
-    exec(compile(code, f"README block {number}", "exec"), {})
+@pytest.mark.parametrize("numbers", [(0,), (1, 2)])
+def test_code_runs(numbers, capsys, monkeypatch, tmp_path):
+    """The third block saves and restores what the second one made."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for number in numbers:
+        exec(compile(blocks("python")[number], f"README block {number}", "exec"), names)
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert float(re.findall(r"[\d.]+", last)[-1]) > 0.75  # the last number printed is an accuracy
 
 
 def test_there_are_as_many_blocks_as_are_tested():
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
 
 
 def test_one_line_each_sets_up_and_runs():
