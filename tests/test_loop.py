@@ -19,6 +19,7 @@ from metaal_jax import (
     annotators,
     learners,
     loop,
+    metrics,
     models,
     tasks,
 )
@@ -149,13 +150,29 @@ def test_seeds_and_problems_under_vmap(key, usual, problem):
             np.testing.assert_allclose(together.test.nll[i], alone.test.nll, rtol=1e-4)
 
 
-def test_how_often_the_learner_is_traced(key, problem):
-    """Neither rounds nor seeds nor calls add a trace."""
+def test_how_often_callers_functions_are_traced(key, problem):
+    """Neither rounds nor seeds nor calls add a trace, of the learner, the policy, the annotator or the score."""
 
     def traces(rounds, seeds):
         calls = {}
-        learner = centroids(calls)
-        go = jax.jit(jax.vmap(compiled(MARGIN, rounds, learner=learner, capacity=12), in_axes=(0, None)))
+
+        def counted(name, function):
+            def count(*arguments):
+                calls[name] = calls.get(name, 0) + 1
+                return function(*arguments)
+
+            return count
+
+        learner, truth = centroids(calls), annotators.truth()
+        policy = MARGIN._replace(begin=counted("begin", MARGIN.begin), act=counted("act", MARGIN.act))
+        who = truth._replace(answer=counted("answer", truth.answer))
+        score = counted("score", metrics.score)
+        active = active_learner(learner, policy, capacity=12, annotator=who, score=score)
+
+        def one(key, problem):
+            return active.run(key, learner.init(key, problem.x), (), problem, rounds=rounds)[1]
+
+        go = jax.jit(jax.vmap(one, in_axes=(0, None)))
         for call in range(3):
             go(jax.random.split(jax.random.fold_in(key, call), seeds), problem)
         return calls
@@ -164,6 +181,27 @@ def test_how_often_the_learner_is_traced(key, problem):
     assert few == many
     assert few["adapt"] <= 3  # nothing labelled (init), the body of the scan, at most once more
     assert few["predict"] <= 6
+    assert few["begin"] == 1
+    assert few["act"] <= 2
+    assert few["answer"] <= 2
+    assert few["score"] <= 4
+
+
+def test_a_labelling_day_compiles_each_function_once(key, problem):
+    calls = {}
+    learner = centroids(calls)
+    active = active_learner(learner, MARGIN, capacity=8)
+    ask, tell, untell = jax.jit(active.ask), jax.jit(active.tell), jax.jit(active.untell)
+    meta = learner.init(key, problem.x)
+    state = active.init(key, meta, (), problem)
+    seen = []
+    for number in range(3):
+        decision, state = ask(jax.random.fold_in(key, number), meta, (), state, problem)
+        state = tell(key, meta, state, problem, decision, Answer(problem.y[decision.index]))
+        state = untell(key, meta, state, problem, decision.index[:1])
+        seen.append(dict(calls))
+    assert seen[0] == seen[1] == seen[2]
+    assert state.count == 3
 
 
 def test_asking_and_telling_from_python_picks_the_rows_of_the_scan(key, usual, problem):
