@@ -46,7 +46,7 @@ class RegressionScore(NamedTuple):
     r2: Array
 
 
-class LabelsScore(NamedTuple):
+class MultiLabelScore(NamedTuple):
     """How good predictions of several labels at once are; every field float32 `[]`.
 
     Attributes:
@@ -69,7 +69,7 @@ def score(logits: Array, y: Array, weight: Array) -> Score:
     if not is_classes(y):
         raise ValueError(
             f"metrics.score: y must be integer classes [n], got {y.dtype} {list(y.shape)}; for targets give "
-            "score=metrics.regression_score, for several labels at once score=metrics.labels_score"
+            "score=metrics.regression_score, for several labels at once score=metrics.multi_label_score"
         )
     log_probs = consensus(logits)
     classes = log_probs.shape[-1]
@@ -116,22 +116,22 @@ def regression_score(outputs: Array, y: Array, weight: Array) -> RegressionScore
     )
 
 
-def labels_score(outputs: Array, y: Array, weight: Array) -> LabelsScore:
-    """`LabelsScore` of outputs `[m, n, c]` against labels `[n, c]`, 0 or 1 each; zeros where all weights are 0.
+def multi_label_score(outputs: Array, y: Array, weight: Array) -> MultiLabelScore:
+    """`MultiLabelScore` of outputs `[m, n, c]` against labels `[n, c]`, 0 or 1 each; zeros where all weights are 0.
 
     Raises:
       ValueError: for labels of another shape than the outputs.
     """
     if y.shape != outputs.shape[1:]:
         raise ValueError(
-            f"metrics.labels_score: y must be labels [n, c] like the outputs {list(outputs.shape[1:])}, got "
+            f"metrics.multi_label_score: y must be labels [n, c] like the outputs {list(outputs.shape[1:])}, got "
             f"{list(y.shape)}"
         )
     yes = jax.nn.logsumexp(jax.nn.log_sigmoid(outputs), axis=0) - jnp.log(outputs.shape[0])
     no = jax.nn.logsumexp(jax.nn.log_sigmoid(-outputs), axis=0) - jnp.log(outputs.shape[0])
     right = ((yes > no) == (y > 0.5)) & jnp.isfinite(yes)
     nll = -(jnp.where(y > 0, y * yes, 0.0) + jnp.where(y < 1, (1 - y) * no, 0.0)).sum(-1)
-    return LabelsScore(
+    return MultiLabelScore(
         accuracy=weighted_mean(right.mean(-1, dtype=outputs.dtype), weight),
         exact=weighted_mean(right.all(-1).astype(outputs.dtype), weight),
         nll=weighted_mean(nll, weight),

@@ -78,7 +78,7 @@ def test_regression_score_against_scikit_learn():
     assert metrics.regression_score(*map(jnp.float32, (outputs, y, 0 * weight))) == (0, 0, 0)
 
 
-def test_labels_score_against_numpy():
+def test_multi_label_score_against_numpy():
     rng = np.random.default_rng(1)
     outputs, y, weight = rng.normal(size=(2, 40, 3)), rng.integers(0, 2, (40, 3)), np.arange(40) % 3 > 0
     probs = (1 / (1 + np.exp(-outputs))).mean(0)
@@ -86,7 +86,7 @@ def test_labels_score_against_numpy():
     nll = -np.log(np.where(y > 0, probs, 1 - probs)).sum(1)
     wanted = (right[weight].mean(), right[weight].all(1).mean(), nll[weight].mean())
     hole = np.where(weight[:, None], outputs, np.nan)
-    got = metrics.labels_score(jnp.float32(hole), jnp.asarray(y), jnp.float32(weight))
+    got = metrics.multi_label_score(jnp.float32(hole), jnp.asarray(y), jnp.float32(weight))
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
 
