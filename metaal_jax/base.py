@@ -331,7 +331,7 @@ def rows_of(x: PyTree) -> int:
     sizes = {leaf.shape[0] for leaf in jax.tree.leaves(x)}
     if len(sizes) != 1:
         raise ValueError(f"all leaves need the same number of rows, got {sorted(sizes)}")
-    return sizes.pop()
+    return int(sizes.pop())
 
 
 def judging_rows(name: str, problem: Problem) -> Batch:
@@ -363,7 +363,8 @@ def pad_batch(batch: Batch, rows: int) -> Batch:
     extra = rows - rows_of(batch)
     if extra < 0:
         raise ValueError(f"cannot pad {rows - extra} rows down to {rows}; ask for at least {rows - extra}")
-    return jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, extra)] + [(0, 0)] * (leaf.ndim - 1)), batch)
+    padded: Batch = jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, extra)] + [(0, 0)] * (leaf.ndim - 1)), batch)
+    return padded
 
 
 def _assert(condition: object, message: str) -> None:

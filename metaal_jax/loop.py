@@ -126,7 +126,7 @@ def active_learner(
         return state._replace(params=learner.adapt(key, meta, state.labelled, unlabelled=problem.x, start=start))
 
     def outputs_of(params: PyTree, problem: Problem) -> int:
-        return jax.eval_shape(learner.predict, params, problem.x).logits.shape[-1]
+        return int(jax.eval_shape(learner.predict, params, problem.x).logits.shape[-1])
 
     def init(key: Array, meta: PyTree, policy_params: PyTree, problem: Problem) -> ActiveState:
         meta, policy_params, problem = on_device((meta, policy_params, problem))

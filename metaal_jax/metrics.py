@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from metaal_jax.base import is_classes
 from metaal_jax.losses import accuracy, consensus, weighted_mean
@@ -182,7 +183,7 @@ class Interval(NamedTuple):
     seeds: int
 
 
-def interval(values, *, confidence: float = 0.95) -> Interval:
+def interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
     """Mean and Student-t confidence interval of one value per seed (host side).
 
     Paired comparisons are the interval of the differences seed by seed. With a single seed the interval is infinite.
@@ -192,15 +193,20 @@ def interval(values, *, confidence: float = 0.95) -> Interval:
     (2.0, -0.48, 4.48)
 
     Raises:
-      ValueError: without values.
+      ValueError: without values, for values that are not finite, or a confidence outside (0, 1).
     """
     from scipy import stats
 
-    values = np.asarray(values, np.float64)
-    if values.ndim != 1 or values.size == 0:
-        raise ValueError(f"interval needs one value per seed, got an array of shape {values.shape}")
-    mean, n = float(values.mean()), values.size
+    found = np.asarray(values, np.float64)
+    if found.ndim != 1 or found.size == 0:
+        raise ValueError(f"interval needs one value per seed, got an array of shape {found.shape}")
+    if not np.isfinite(found).all():
+        seed = int(np.argmin(np.isfinite(found)))
+        raise ValueError(f"interval: the value of seed {seed} is {found[seed]}; leave out failed runs knowingly")
+    if not 0 < confidence < 1:
+        raise ValueError(f"interval: confidence must lie between 0 and 1, got {confidence}")
+    mean, n = float(found.mean()), found.size
     if n == 1:
         return Interval(mean, -np.inf, np.inf, 1)
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * values.std(ddof=1) / np.sqrt(n))
+    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * found.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
