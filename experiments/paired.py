@@ -25,6 +25,12 @@ def shown(values: np.ndarray) -> str:
     return f"{both.mean:+.2f} [{both.low:+.2f}, {both.high:+.2f}]"
 
 
+def shown_plain(values: np.ndarray, digits: int = 3) -> str:
+    """A mean with its interval in the values' own unit, as tables show it."""
+    found = interval(values)
+    return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
+
+
 def labels_to(labels: np.ndarray, accuracy: np.ndarray, target: float) -> np.ndarray:
     """Labels `[rounds]` at which each curve `[seeds, rounds]` reaches a target first, infinity where it does not."""
     reached = accuracy >= target

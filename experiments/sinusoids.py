@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from paired import numbers, shown_plain
-from report import write_results
-from runs import arguments, command, environment, main
 from tabulate import tabulate
 
 from metaal_jax import learners, losses, models, outer_loop, tasks
 from metaal_jax.base import PyTree
+from paired import numbers, shown_plain
+from report import write_results
+from runs import arguments, command, environment, main
 
 FORM = {"loss": losses.squared_error, "score": losses.squared_error}
 LEARNERS = ("maml", "pretrained", "scratch")

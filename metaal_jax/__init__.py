@@ -28,9 +28,8 @@ from metaal_jax.base import (
     Problem,
     Task,
     Trainable,
-    check_learner,
-    check_policy,
 )
+from metaal_jax.checks import check_learner, check_policy
 from metaal_jax.loop import active_learner
 from metaal_jax.outer import outer_loop
 

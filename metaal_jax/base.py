@@ -1,4 +1,4 @@
-"""The records that every algorithm of the package is made of, and the checks of their contracts.
+"""The records that every algorithm of the package is made of. Their contracts are checked by `metaal_jax.checks`.
 
 An algorithm is a factory that takes keyword-only hyperparameters and returns a record of pure functions: `Learner`,
 `Policy`, `Annotator`, or `ActiveLearner` (see `metaal_jax.active`). The other records are data that travel between
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 PyTree = Any
@@ -365,100 +364,3 @@ def pad_batch(batch: Batch, rows: int) -> Batch:
         raise ValueError(f"cannot pad {rows - extra} rows down to {rows}; ask for at least {rows - extra}")
     padded: Batch = jax.tree.map(lambda leaf: jnp.pad(leaf, [(0, extra)] + [(0, 0)] * (leaf.ndim - 1)), batch)
     return padded
-
-
-def _assert(condition: object, message: str) -> None:
-    if not bool(condition):
-        raise AssertionError(message)
-
-
-def _close(a: PyTree, b: PyTree, atol: float) -> bool:
-    return all(
-        np.allclose(p, q, atol=atol, rtol=1e-3) for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
-
-
-def check_learner(learner: Learner, key: Array, batch: Batch, *, atol: float = 1e-3) -> None:
-    """Checks that a learner keeps the contract of `Learner` on an example batch.
-
-    Checked: shapes and dtypes of predictions; finite parameters from no labels at all; padding rows change nothing;
-    adapting is a function of its key; `adapt` and `predict` can be vmapped; `meta_grad` has the structure of `meta`.
-
-    Args:
-      learner: the record to check.
-      key: a typed key.
-      batch: a few labelled rows, all of weight 1, with at least two classes.
-      atol: tolerance for results that should be equal up to rounding.
-
-    Raises:
-      AssertionError: naming the first promise that is broken.
-    """
-    init_key, adapt_key = jax.random.split(key)
-    meta = jax.jit(learner.init)(init_key, batch.x)
-    adapt, predict = jax.jit(learner.adapt), jax.jit(learner.predict)
-    params = adapt(adapt_key, meta, batch)
-    prediction = predict(params, batch.x)
-    n = rows_of(batch)
-    _assert(isinstance(prediction, Prediction), f"predict must return a Prediction, got {type(prediction).__name__}")
-    _assert(
-        prediction.logits.ndim == 3 and prediction.logits.shape[1] == n,
-        f"logits must be [m, {n}, c], got {prediction.logits.shape}",
-    )
-    _assert(prediction.logits.dtype == jnp.float32, f"logits must be float32, got {prediction.logits.dtype}")
-    members = prediction.logits.shape[0]
-    _assert(
-        prediction.embedding.ndim == 3 and prediction.embedding.shape[:2] in {(1, n), (members, n)},
-        f"embedding must be [1 or {members}, {n}, d], got {prediction.embedding.shape}",
-    )
-    again = predict(adapt(adapt_key, meta, batch), batch.x)
-    _assert(bool((again.logits == prediction.logits).all()), "the same key gave different parameters")
-    # Padding that looks like rows of other classes: zeros would hide a sum that forgets the weights.
-    junk = take(batch, jnp.arange(3) % n)._replace(y=batch.y[-1 - jnp.arange(3) % n], weight=jnp.zeros(3))
-    longer = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), batch, junk)
-    padded = predict(adapt(adapt_key, meta, longer), batch.x)
-    _assert(_close(padded.logits, prediction.logits, atol), "padding rows (weight 0) changed the adapted parameters")
-    nothing = predict(adapt(adapt_key, meta, empty_batch(batch.x, n)), batch.x)
-    _assert(bool(jnp.isfinite(nothing.logits).all()), "adapting without any label gave NaN or infinite logits")
-    keys = jnp.stack([adapt_key, adapt_key])
-    both = jax.jit(jax.vmap(lambda k: learner.predict(learner.adapt(k, meta, batch), batch.x)))(keys)
-    _assert(_close(both.logits[1], prediction.logits, atol), "vmap over adapt differs from a single call")
-    meta_grad = jax.jit(learner.meta_grad)
-    grads, metrics = meta_grad(adapt_key, meta, Task(batch, batch), step=jnp.int32(0))
-    unlabelled = Task(empty_batch(batch.x, n), batch)
-    for task, what in ((Task(batch, batch), "a labelled task"), (unlabelled, "a task without labels")):
-        leaves = jax.tree.leaves(meta_grad(adapt_key, meta, task, step=jnp.int32(0))[0])
-        _assert(all(np.isfinite(leaf).all() for leaf in leaves), f"meta_grad is not finite on {what}")
-    same = str(jax.tree.structure(grads)) == str(jax.tree.structure(meta))
-    _assert(same, "meta_grad's gradients must have the structure of meta")
-    _assert({"loss", "accuracy"} <= set(metrics), f"meta_grad's metrics need loss and accuracy, got {sorted(metrics)}")
-
-
-def check_policy(policy: Policy, key: Array, view: PoolView, *, k: int) -> None:
-    """Checks that a policy keeps the contract of `Policy` on an example view.
-
-    Checked: shapes and dtypes of the decision; distinct rows, none queried before, none of padding; as many valid
-    rows as are left, at most `k`; a function of its key; can be vmapped over keys.
-
-    Raises:
-      AssertionError: naming the first promise that is broken.
-    """
-
-    def decide(key: Array, view: PoolView) -> Decision:
-        init_key, begin_key, act_key = jax.random.split(key, 3)
-        params = policy.init(init_key)
-        return policy.act(act_key, params, policy.begin(begin_key, params, view), view)[0]
-
-    decision = jax.jit(decide)(key, view)
-    n = view.row.shape[0]
-    shapes = tuple(leaf.shape for leaf in decision[:4])
-    _assert(shapes == ((k,), (k,), (), (n,)), f"decision shapes must be {((k,), (k,), (), (n,))}, got {shapes}")
-    _assert(decision.index.dtype == jnp.int32, f"index must be int32, got {decision.index.dtype}")
-    chosen = np.asarray(decision.index)[np.asarray(decision.valid)]
-    _assert(len(set(chosen.tolist())) == len(chosen), f"the rows asked for must be distinct, got {chosen}")
-    _assert(bool(np.asarray(view.available)[chosen].all()), "a padded or already queried row was asked for")
-    left = min(k, int(view.available.sum()))
-    _assert(len(chosen) == left, f"{left} rows can be asked for, the policy asked for {len(chosen)}")
-    again = jax.jit(decide)(key, view)
-    _assert(bool((again.index == decision.index).all()), "the same key gave different rows")
-    both = jax.jit(jax.vmap(decide, in_axes=(0, None)))(jnp.stack([key, key]), view)
-    _assert(bool((both.index[1] == decision.index).all()), "vmap over keys differs from a single call")

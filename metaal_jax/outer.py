@@ -64,8 +64,8 @@ def outer_loop(
 
     Reference: Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, 2017.
     """
-    require(tasks >= 1, f"outer_loop: tasks must be at least 1, got {tasks}")
-    require(chunk is None or chunk >= 1, f"outer_loop: chunk must be at least 1 or None, got {chunk}")
+    require(tasks >= 1, f"outer_loop: tasks must be a positive integer, got {tasks}")
+    require(chunk is None or chunk >= 1, f"outer_loop: chunk must be a positive integer or None, got {chunk}")
 
     def init(key: Array, x: PyTree) -> MetaState:
         meta = learner.init(key, x)

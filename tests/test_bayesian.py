@@ -9,8 +9,8 @@ import pytest
 import metaal_jax as ml
 from metaal_jax import Batch, acquisition, check_learner, learners, models
 from metaal_jax.base import empty_batch
-from metaal_jax.learners.bayesian import full_spread, kron_spread
-from metaal_jax.learners.gradient import inner_loop
+from metaal_jax.learners.bayesian import class_curvature, full_spread, kron_spread
+from metaal_jax.learners.inner_loop import inner_loop
 
 SGD, ADAMW = optax.sgd(0.3), optax.adamw(0.05, weight_decay=0.1)
 MLP = models.MLP(3, hidden=(8,), dropout=0.4)
@@ -154,9 +154,9 @@ def test_covariance_against_numpy(name, rows):
     logits, weight = 2 * rng.normal(size=(rows, 3)), rng.uniform(0.5, 2, rows)
     z = np.concatenate([2 * rng.normal(size=(rows, 4)), np.ones((rows, 1))], axis=1)
     spread, plain = SPREADS[name]
-    probs = jax.nn.softmax(jnp.asarray(logits, jnp.float32))
+    curvature = class_curvature(jnp.asarray(logits, jnp.float32))
     noise = jnp.eye(15).reshape(15, 5, 3)
-    root = np.asarray(spread(probs, jnp.float32(z), jnp.float32(weight), 0.7, noise)).reshape(15, 15)
+    root = np.asarray(spread(curvature, jnp.float32(z), jnp.float32(weight), 0.7, noise)).reshape(15, 15)
     wanted = np.linalg.inv(plain(logits, z, weight) + 0.7 * np.eye(15))
     np.testing.assert_allclose(root.T @ root, wanted, atol=2e-5)
     if rows == 1:  # one row is one Kronecker product
@@ -226,10 +226,10 @@ def test_gradients_of_weights_pass_through_the_mean_alone(key, hessian):
 def test_spreads_are_finite(key, name, size, sure):
     spread = SPREADS[name][0]
     keys = jax.random.split(key, 3)
-    z, probs = size * jax.random.normal(keys[0], (40, 9)), jax.nn.softmax(sure * jax.random.normal(keys[1], (40, 5)))
+    z, curvature = size * jax.random.normal(keys[0], (40, 9)), class_curvature(sure * jax.random.normal(keys[1], (40, 5)))
     noise = jax.random.normal(keys[2], (6, 9, 5))
     for weight in (jnp.ones(40), jnp.zeros(40), jnp.zeros(40).at[3].set(1.0)):
-        drawn = spread(probs, z, weight, 0.01, noise)
+        drawn = spread(curvature, z, weight, 0.01, noise)
         assert np.isfinite(drawn).all()
         assert abs(drawn).max() < 10 * 5  # no wider than the prior
 

@@ -49,7 +49,7 @@ FAMILY = {  # made for a model: name of a learner that gets its gradient through
     "maml, microbatch": lambda model: learners.maml(model, **CURVED, microbatch=4),
     "anil": lambda model: learners.anil(model, **CURVED),
     "anil, prototypes": lambda model: learners.anil(model, **CURVED, head="prototypes", learn=("temperature",)),
-    "meta_sgd": lambda model: learners.meta_sgd(model, rate=0.5, steps=2),
+    "meta_sgd": lambda model: learners.meta_sgd(model, optimizer=optax.sgd(0.5), steps=2),
     "everything learned": lambda model: learners.maml(
         model, **CURVED, head="prototypes", rates="parameter", per_step=True, decay=0.1, proximal=0.2,
         learn=("decay", "proximal", "temperature", "steps"),
@@ -65,7 +65,9 @@ NORMED = {
     "r2d2, support statistics": lambda model: learners.r2d2(model, statistics="support"),
 }
 OTHERS = {
-    "maml_plus_plus": lambda model: learners.maml_plus_plus(model, rate=0.3, steps=2, anneal_steps=10),
+    "maml_plus_plus": lambda model: learners.maml_plus_plus(
+        model, optimizer=SGD, steps=2, anneal_steps=10
+    ),
     "reptile": lambda model: learners.reptile(model, optimizer=SGD, steps=3, minibatch=3),
     "implicit_maml": lambda model: learners.implicit_maml(model, optimizer=SGD, steps=5, proximal=1.0),
 }
@@ -434,13 +436,17 @@ RIDGE = learners.closed_form(MLP, learners.ridge_head, settings={"ridge": 1.0})
 WRONG = {
     "first_order is about inner steps": lambda: through(RIDGE, first_order=True),
     "takes none": lambda: through(RIDGE, multi_step=lambda s: s),
-    "says nothing of learned rates": lambda: learners.reptile(MLP, optimizer=SGD, steps=1, rates="tensor"),
-    "all parameters must start": lambda: learners.reptile(MLP, optimizer=SGD, steps=1, adapted="head"),
+    "says nothing of learned rates": lambda: learners.reptile_difference(
+        gradient_steps(MLP, optimizer=SGD, steps=1, rates="tensor")
+    ),
+    "all parameters must start": lambda: learners.reptile_difference(
+        gradient_steps(MLP, optimizer=SGD, steps=1, adapted="head")
+    ),
     "use through for closed forms": lambda: learners.reptile_difference(RIDGE),
     "needs proximal > 0 or decay > 0": lambda: learners.implicit(STEPS, solver_steps=3),
     "its gradient is exact": lambda: learners.implicit(RIDGE, solver_steps=3),
-    "does not depend on learned rates": lambda: learners.implicit_maml(
-        MLP, optimizer=SGD, steps=1, proximal=1.0, rates="tensor"
+    "does not depend on learned rates": lambda: learners.implicit(
+        gradient_steps(MLP, optimizer=SGD, steps=1, proximal=1.0, rates="tensor"), solver_steps=1
     ),
     "minimum over all parameters does not depend": lambda: learners.implicit(
         gradient_steps(MLP, optimizer=SGD, steps=2, decay=0.1), solver_steps=3
@@ -448,8 +454,9 @@ WRONG = {
     "first_order stops the gradients by which decay": lambda: learners.maml(
         MLP, optimizer=SGD, steps=2, first_order=True, decay=0.1, learn=("decay",)
     ),
-    "embedding is computed once": lambda: learners.anil(CONV, optimizer=SGD, steps=2, per_step_norm=True),
-    "pre-training takes no inner step": lambda: learners.fine_tune(MLP, optimizer=SGD, steps=1, rates="tensor"),
+    "embedding is computed once": lambda: gradient_steps(
+        CONV, optimizer=SGD, steps=2, adapted="head", per_step_norm=True
+    ),
     "needs all rows at once": lambda: gradient_steps(
         models.ResNet12(3, filters=(4,)), optimizer=SGD, steps=1, microbatch=2
     ),
@@ -457,7 +464,7 @@ WRONG = {
     "needs a last layer named 'head'": lambda: learners.anil(Headless(), optimizer=SGD, steps=1).init(
         jax.random.key(0), jnp.zeros((1, 4))
     ),
-    "solver_steps must be at least 1": lambda: learners.implicit_maml(
+    "solver_steps must be a positive integer": lambda: learners.implicit_maml(
         MLP, optimizer=SGD, steps=1, proximal=1.0, solver_steps=0
     ),
     "'rate' cannot be learned": lambda: gradient_steps(MLP, optimizer=SGD, steps=1, learn=("rate",)),
@@ -469,9 +476,9 @@ WRONG = {
     "adapted must be one of": lambda: gradient_steps(MLP, optimizer=SGD, steps=1, adapted="tail"),
     "statistics must be": lambda: learners.r2d2(MLP, statistics="running"),
     "no setting of this head": lambda: learners.protonet(MLP, learn=("ridge",)),
-    "over must be at least 1": lambda: learners.annealed(3, 0),
+    "over must be a positive integer": lambda: learners.annealed(3, 0),
     "rows must be at least 1": lambda: tasks.minibatches(rows=0),
-    "has no norm layer": lambda: learners.maml_plus_plus(MLP, rate=0.1, steps=1, anneal_steps=1).init(
+    "has no norm layer": lambda: learners.maml_plus_plus(MLP, optimizer=SGD, steps=1, anneal_steps=1).init(
         jax.random.key(0), jnp.zeros((1, 4))
     ),
 }

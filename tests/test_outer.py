@@ -65,7 +65,7 @@ def test_a_step_is_the_mean_gradient_of_its_tasks_and_knows_its_number(data):
     """A learner whose gradient is its task's first row: the step must average over distinct tasks."""
 
     def meta_grad(key, meta, task, *, step):
-        return task.support.x[0], {"loss": jnp.zeros(()), "accuracy": jnp.zeros(()), "number": step.astype(float)}
+        return task.support.x[0], {"loss": jnp.zeros(()), "score": jnp.zeros(()), "number": step.astype(float)}
 
     odd = Learner(init=lambda key, x: jnp.zeros(8), adapt=None, predict=None, meta_grad=meta_grad)
 
@@ -92,8 +92,8 @@ def test_meta_training_lowers_the_loss_on_fresh_tasks(data, start):
     assert metrics["loss"][-20:].mean() < 0.7 * metrics["loss"][:5].mean()
     evaluate = jax.jit(lambda key, meta: outer.evaluate(key, meta, data, tasks=40))
     before, after = (evaluate(jax.random.key(4), meta) for meta in (start.meta, state.meta))
-    assert after["accuracy"].shape == (40,)
-    assert after["accuracy"].mean() > before["accuracy"].mean() + 0.1
+    assert after["score"].shape == (40,)
+    assert after["score"].mean() > before["score"].mean() + 0.1
 
 
 def test_evaluation_does_not_depend_on_the_chunk(data, start):
@@ -111,9 +111,9 @@ def test_numbers_that_do_not_fit(data, start):
     def loop(**options):
         return outer_loop(LEARNER, SAMPLER, **{"optimizer": OPTIMIZER, "tasks": 6, **options})
 
-    with pytest.raises(ValueError, match="tasks must be at least 1"):
+    with pytest.raises(ValueError, match="tasks must be a positive integer"):
         loop(tasks=0)
-    with pytest.raises(ValueError, match="chunk must be at least 1"):
+    with pytest.raises(ValueError, match="chunk must be a positive integer"):
         loop(chunk=0)
     with pytest.raises(ValueError, match="chunks of 4 do not divide the 6 tasks"):
         jax.eval_shape(loop(chunk=4).step, jax.random.key(0), start, data)

@@ -35,7 +35,7 @@ def prototypes_of(batch, x, classes=3):
     member = jax.nn.one_hot(batch.y, classes) * batch.weight[:, None]
     count = member.sum(0)
     centres = member.T @ batch.x / jnp.maximum(count, 1e-6)[:, None]
-    return jnp.where(count > 0, -0.5 * squared_distances(x, centres), -1e3)
+    return jnp.where(count > 0, -0.5 * squared_distances(x, centres), -jnp.inf)
 
 
 # Its adapted parameters are the batch it was given, so that a test sees what a wrapper learned from.
@@ -309,14 +309,14 @@ def test_places_in_groups():
 @pytest.mark.parametrize(
     ("wrap", "options", "message"),
     [
-        (pseudo_labels, {"rows": 0}, "rows must be at least 1"),
-        (pseudo_labels, {"rounds": 0}, "rounds must be at least 1"),
+        (pseudo_labels, {"rows": 0}, "rows must be a positive integer"),
+        (pseudo_labels, {"rounds": 0}, "rounds must be a positive integer"),
         (pseudo_labels, {"strength": -1.0}, "strength must be at least 0"),
         (pseudo_labels, {"threshold": 1.5}, "threshold must be from 0 to 1"),
         (pseudo_labels, {"choose": "best"}, "choose must be 'certain' or 'random'"),
-        (label_propagation, {"neighbours": 0}, "neighbours must be at least 1"),
+        (label_propagation, {"neighbours": 0}, "neighbours must be a positive integer"),
         (label_propagation, {"alpha": 1.0}, "alpha must be between 0 and 1"),
-        (label_propagation, {"steps": 0}, "steps must be at least 1"),
+        (label_propagation, {"steps": 0}, "steps must be a positive integer"),
         (label_propagation, {"rows": -1}, "label_propagation: rows must be"),
     ],
 )

@@ -4,11 +4,13 @@ from metaal_jax.learners.adaptation import Adaptation, support_statistics
 from metaal_jax.learners.bayesian import laplace, mc_dropout
 from metaal_jax.learners.closed_form import closed_form, metaoptnet, protonet, r2d2
 from metaal_jax.learners.committee import committee
-from metaal_jax.learners.gradient import gradient_steps, inner_loop
+from metaal_jax.learners.gradient import gradient_steps
 from metaal_jax.learners.heads import prototype_head, ridge_head, svm_head
+from metaal_jax.learners.inner_loop import inner_loop
 from metaal_jax.learners.loss_prediction import loss_predictor
 from metaal_jax.learners.maml import anil, fine_tune, implicit_maml, maml, maml_plus_plus, meta_sgd, reptile
 from metaal_jax.learners.meta_gradient import annealed, implicit, reptile_difference, through
+from metaal_jax.learners.seen_classes import seen_classes
 from metaal_jax.learners.semi_supervised import label_propagation, pseudo_labels
 from metaal_jax.learners.transfer import transfer
 
@@ -38,6 +40,7 @@ __all__ = [
     "reptile",
     "reptile_difference",
     "ridge_head",
+    "seen_classes",
     "support_statistics",
     "svm_head",
     "through",

@@ -7,11 +7,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from metaal_jax.base import Batch, Learner, PyTree, require
+from metaal_jax import losses
+from metaal_jax.base import Batch, Learner, LossFn, PyTree, is_classes, require
 from metaal_jax.learners.adaptation import (
     HYPER,
     Adaptation,
     apply,
+    cleared,
     head_of,
     init_of,
     judge_of,
@@ -20,12 +22,12 @@ from metaal_jax.learners.adaptation import (
     support_statistics,
     without,
 )
-from metaal_jax.learners.heads import ABSENT, prototype_head, ridge_head, svm_head
+from metaal_jax.learners.heads import check_class_loss, prototype_head, ridge_head, svm_head
 from metaal_jax.learners.meta_gradient import through
 
 
 class Embedded(NamedTuple):
-    """The inner problem of a closed form: labelled rows, the parameters around the head, and the rows' embedding."""
+    """The inner problem of a closed form: cleared labelled rows, the parameters around the head, the embedding."""
 
     batch: Batch
     variables: PyTree
@@ -40,6 +42,8 @@ def closed_form(
     settings: Mapping[str, float | Array],
     learn: Sequence[str] = (),
     statistics: Literal["batch", "support"] = "batch",
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Adaptation:
     """Adaptation that solves for the last layer and leaves the body as it is.
 
@@ -50,13 +54,14 @@ def closed_form(
       settings: its hyperparameters, all above 0 (`ridge` may be 0 where it is not learned).
       learn: which of them the outer loop trains, as logarithms, from the values given.
       statistics: of `models.BatchNorm` layers in prediction, see `gradient_steps`.
+      loss: of query rows, which the outer loop descends; the head itself minimises what it minimises.
+      score: of query rows, reported beside the loss.
 
     Returns:
-      An `Adaptation`. Without a label the meta-parameters' own head predicts, which a closed form otherwise does not
-      read.
+      An `Adaptation`. Without a label the meta-parameters' own head predicts; with labels that head is not read.
 
     Raises:
-      ValueError: for settings to learn that there are not, or that are not above 0.
+      ValueError: for unknown settings to learn, or settings out of range.
     """
     for name in learn:
         if name not in settings:
@@ -74,7 +79,7 @@ def closed_form(
         return {**variables, HYPER: hyper} if hyper else variables
 
     def begin(meta: PyTree, batch: Batch) -> Embedded:
-        variables = without((HYPER,), meta)
+        variables, batch = without((HYPER,), meta), cleared(batch)
         _, embedding = apply(model, variables, batch.x, batch.weight)
         return Embedded(batch, variables, meta.get(HYPER, {}), embedding)
 
@@ -103,7 +108,7 @@ def closed_form(
         init=init,
         adapt=adapt,
         predict=predict_of(model),
-        judge=judge_of(model),
+        judge=judge_of(model, loss, score),
         begin=begin,
         solve=solve,
         assemble=assemble,
@@ -117,7 +122,13 @@ def closed_form(
 
 
 def protonet(
-    model: nn.Module, *, temperature: float | Array = 1.0, learn: Sequence[str] = (), **options: Any
+    model: nn.Module,
+    *,
+    temperature: float | Array = 1.0,
+    learn: Sequence[str] = (),
+    statistics: Literal["batch", "support"] = "batch",
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Learner:
     """Prototypical networks: a row belongs to the class whose mean embedding is nearest.
 
@@ -125,15 +136,20 @@ def protonet(
       model: a Flax module with a last layer named `head`.
       temperature: factor on the logits, minus half the squared distances (2 gives the paper's squared distances).
       learn: `("temperature",)` to learn it.
-      options: see `closed_form`.
+      statistics, loss, score: see `closed_form`.
 
     Raises:
-      ValueError: see `closed_form`.
+      ValueError: see `closed_form`; for a loss of targets or of several labels at once, which have no class means.
 
     Reference: Snell, Swersky, Zemel: Prototypical Networks for Few-shot Learning, 2017.
     """
+    check_class_loss("protonet", loss)
     settings = {"temperature": temperature}
-    return through(closed_form(model, prototype_head, settings=settings, learn=learn, **options))
+    return through(
+        closed_form(
+            model, prototype_head, settings=settings, learn=learn, statistics=statistics, loss=loss, score=score
+        )
+    )
 
 
 def r2d2(
@@ -142,20 +158,25 @@ def r2d2(
     ridge: float | Array = 1.0,
     scale: float | Array = 1.0,
     intercept: bool = False,
-    absent: float | None = ABSENT,
+    absent: float | None = -jnp.inf,
     learn: Sequence[str] = ("ridge", "scale"),
-    **options: Any,
+    statistics: Literal["batch", "support"] = "batch",
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Learner:
     """R2-D2: ridge regression on the embedding, with learned regularisation and scale (MetaOptNet-RR without them).
+
+    With `loss=losses.squared_error` it is what its name says, regression onto float targets.
 
     Args:
       model: a Flax module with a last layer named `head`.
       ridge: strength of the regularisation, > 0.
       scale: factor on the regression's outputs to make logits of them, > 0.
-      intercept: fits an unpenalised intercept too, which suits unbalanced labelled sets; not in the paper.
-      absent: logit of a class without a label, see `ridge_head`.
+      intercept: fits an unpenalised intercept too, which suits unbalanced labelled sets and targets; not in the paper.
+      absent: logit of a class without a label, see `ridge_head`. Float labels have such classes under
+        `losses.cross_entropy` alone.
       learn: which of `"ridge"`, `"scale"` to learn.
-      options: see `closed_form`.
+      statistics, loss, score: see `closed_form`.
 
     Raises:
       ValueError: see `closed_form`.
@@ -164,9 +185,13 @@ def r2d2(
     """
 
     def head(embedding: Array, y: Array, weight: Array, classes: int, **settings: Any) -> PyTree:
-        return ridge_head(embedding, y, weight, classes, intercept=intercept, absent=absent, **settings)
+        out = absent if is_classes(y) or loss is losses.cross_entropy else None
+        return ridge_head(embedding, y, weight, classes, intercept=intercept, absent=out, **settings)
 
-    return through(closed_form(model, head, settings={"ridge": ridge, "scale": scale}, learn=learn, **options))
+    settings = {"ridge": ridge, "scale": scale}
+    return through(
+        closed_form(model, head, settings=settings, learn=learn, statistics=statistics, loss=loss, score=score)
+    )
 
 
 def metaoptnet(
@@ -177,7 +202,9 @@ def metaoptnet(
     scale: float | Array = 1.0,
     iterations: int | None = None,
     learn: Sequence[str] = ("scale",),
-    **options: Any,
+    statistics: Literal["batch", "support"] = "batch",
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Learner:
     """MetaOptNet: a multi-class support vector machine on the embedding, through whose dual problem one differentiates.
 
@@ -188,17 +215,21 @@ def metaoptnet(
       scale: factor on the SVM's scores to make logits of them, > 0.
       iterations: of the solver, see `svm_head`; None for its default.
       learn: which of `"penalty"`, `"ridge"`, `"scale"` to learn.
-      options: see `closed_form`.
+      statistics, loss, score: see `closed_form`.
 
     Raises:
-      ValueError: see `closed_form`.
+      ValueError: see `closed_form`; for a loss of targets or of several labels at once, which have no margin to one
+        right class.
 
     Reference: Lee, Maji, Ravichandran, Soatto: Meta-Learning with Differentiable Convex Optimization, 2019.
     """
+    check_class_loss("metaoptnet", loss)
     more = {} if iterations is None else {"iterations": iterations}
 
     def head(embedding: Array, y: Array, weight: Array, classes: int, **settings: Any) -> PyTree:
         return svm_head(embedding, y, weight, classes, **settings, **more)
 
     settings = {"penalty": penalty, "ridge": ridge, "scale": scale}
-    return through(closed_form(model, head, settings=settings, learn=learn, **options))
+    return through(
+        closed_form(model, head, settings=settings, learn=learn, statistics=statistics, loss=loss, score=score)
+    )

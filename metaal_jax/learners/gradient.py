@@ -10,12 +10,15 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, lax
 
-from metaal_jax.base import Batch, PyTree, require, rows_of, take
+from metaal_jax import losses
+from metaal_jax.base import Batch, LossFn, PyTree, require, rows_of, take
 from metaal_jax.learners.adaptation import (
     HYPER,
     Adaptation,
     apply,
+    cleared,
     head_of,
+    held_without_labels,
     init_of,
     judge_of,
     labelled_or,
@@ -23,67 +26,11 @@ from metaal_jax.learners.adaptation import (
     support_statistics,
     without,
 )
-from metaal_jax.learners.heads import prototype_head
-from metaal_jax.losses import cross_entropy
+from metaal_jax.learners.heads import check_class_loss, prototype_head
+from metaal_jax.learners.inner_loop import check_optimizer, check_remat, inner_loop
 
 LEARNABLE = ("decay", "proximal", "temperature", "steps")
 OPEN = 3.0  # logit at which a learned step starts: 95 % of it is taken
-
-
-def inner_loop(
-    loss: Callable[..., Array],
-    params: PyTree,
-    *,
-    optimizer: optax.GradientTransformation,
-    steps: int,
-    each: PyTree = None,
-    factors: PyTree = None,
-    first_order: bool = False,
-    path: bool = False,
-    remat: bool = False,
-    unroll: int | bool = 1,
-) -> PyTree:
-    """`steps` steps of `optimizer` down `loss` from `params`, differentiable with respect to `params`.
-
-    Args:
-      loss: scalar function of the parameters; what else it reads may be traced.
-      params: where to start.
-      optimizer: any Optax transformation; its state starts afresh.
-      steps: number of steps, static.
-      each: what differs between steps (keys, ...), leaves `[steps, ...]`: step `i` descends `loss(params, each[i])`;
-        None for `loss(params)`.
-      factors: what each step's update is multiplied by, leaves `[steps, ...]` that broadcast against those of `params`.
-      first_order: treats each step's gradient as a constant (FOMAML).
-      path: gives the parameters after every step.
-      remat: recomputes a step in the backward pass instead of storing it (`jax.checkpoint`), so that memory holds
-        the parameters of every step but the activations of one. It needs a loop: of steps unrolled beside each other
-        XLA merges what is computed twice, and keeps it.
-      unroll: as in `lax.scan`; unrolled steps run faster under a gradient and compile more slowly.
-
-    Returns:
-      Parameters with the structure of `params`; with `path` leaves `[steps, ...]`.
-
-    Raises:
-      ValueError: for `remat` of unrolled steps.
-    """
-    _check_remat(remat, unroll)
-
-    def step(carry: tuple[PyTree, PyTree], now: tuple[PyTree, PyTree]) -> tuple[tuple[PyTree, PyTree], PyTree]:
-        params, state = carry
-        item, factor = now
-        grads = jax.grad(loss)(params) if item is None else jax.grad(loss)(params, item)
-        if first_order:
-            grads = lax.stop_gradient(grads)
-        updates, state = optimizer.update(grads, state, params)
-        if factor is not None:
-            updates = jax.tree.map(jnp.multiply, updates, factor)
-        params = optax.apply_updates(params, updates)
-        return (params, state), params if path else None
-
-    if remat:
-        step = jax.checkpoint(step, prevent_cse=False)
-    (params, _), after = lax.scan(step, (params, optimizer.init(params)), (each, factors), length=steps, unroll=unroll)
-    return after if path else params
 
 
 def gradient_steps(
@@ -105,24 +52,27 @@ def gradient_steps(
     microbatch: int | None = None,
     remat: bool = False,
     unroll: int | bool = 1,
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Adaptation:
-    """Adaptation by `steps` steps of `optimizer` down the cross entropy of the labelled rows, from the meta-parameters.
+    """Adaptation by `steps` steps of `optimizer` down the loss of the labelled rows, from the meta-parameters.
 
     What is learned beside the initialisation stands in the meta-parameters' entry `hyper`, and the outer loop trains it
     with the rest.
 
     Args:
       model: a Flax module, see `metaal_jax.models`.
-      optimizer: of the inner loop, any Optax transformation. The derivative of Adam-like ones is NaN where a gradient
-        is exactly 0 (a constant input, a task without labels) unless they are given `eps_root > 0`.
+      optimizer: of the inner loop, any Optax transformation of gradients alone. The derivative of Adam-like ones is NaN
+        where a gradient is exactly 0 (a constant input) unless they are given `eps_root > 0`.
       steps: inner steps; meta-training and later use may differ, unless something is learned per step.
       adapted: `"all"` parameters, the last layer alone (`"head"`; the embedding is then computed once), or all others
         (`"body"`). The last two need a last layer named `head`.
       head: `"meta"` starts the last layer from the meta-parameters; `"prototypes"` from the class means of the
         labelled rows' embeddings (Proto-MAML), which suits any number of labels per class. The steps then see the
         embedding less its mean over the labelled rows, since features after a ReLU share a large mean that would make
-        the head's gradients all but parallel; the result is folded back into the head. It needs a last layer named
-        `head` with a bias, and a warm start keeps the head it is given.
+        the head's gradients all but parallel; the result is folded back into the head. A class without a label is
+        ruled out: its logit is -inf, and no step sees it. It needs a last layer named `head` with a bias. A warm start
+        keeps the head it is given and adds the prototypes of classes that have had no label before.
       temperature: factor on the prototype head's logits, > 0.
       decay: adds `decay / 2` times the squared norm of the adapted parameters to the objective.
       proximal: adds `proximal / 2` times their squared distance from where they started: the meta-parameters, or
@@ -140,6 +90,8 @@ def gradient_steps(
         rounding; refused for models that say `normalises_by_batch`.
       remat: recomputes inner steps in the backward pass, see `inner_loop`; with `unroll=1`.
       unroll: of the scan over inner steps.
+      loss: what the inner steps and the outer loop descend, a weighted mean over rows.
+      score: of query rows, reported beside the loss.
 
     Returns:
       An `Adaptation`; make a `Learner` of it with `through`, `reptile_difference` or `implicit`.
@@ -151,8 +103,9 @@ def gradient_steps(
     Edwards, Storkey: How to Train Your MAML, 2019 (`per_step`, `per_step_norm`); Raghu et al.: Rapid Learning or
     Feature Reuse, 2020 (`adapted`); Rajeswaran et al.: Meta-Learning with Implicit Gradients, 2019 (`proximal`).
     """
-    require(steps >= 0, f"steps must be >= 0, got {steps}")
-    _check_remat(remat, unroll)
+    require(steps >= 0, f"steps must not be negative, got {steps}")
+    check_optimizer(optimizer)
+    check_remat(remat, unroll)
     require(temperature > 0, f"temperature must be > 0, got {temperature}")
     require(decay >= 0, f"decay must be >= 0, got {decay}")
     require(proximal >= 0, f"proximal must be >= 0, got {proximal}")
@@ -175,15 +128,17 @@ def gradient_steps(
     if per_step and rates is None:
         raise ValueError("per_step needs rates='tensor' or 'parameter'")
     if (per_step or per_step_norm or "steps" in learn) and steps == 0:
-        raise ValueError("steps must be at least 1 where something is learned per step")
+        raise ValueError("steps must be a positive integer where something is learned per step, got 0")
     if per_step_norm and adapted == "head":
         raise ValueError("per_step_norm: the embedding is computed once where only the head is adapted; leave it out")
+    if head == "prototypes":
+        check_class_loss("gradient_steps: head='prototypes'", loss)
     if head == "prototypes" and adapted == "body":
         raise ValueError("adapted='body' keeps the meta-parameters' head; give head='meta'")
     if minibatch is not None:
-        require(minibatch >= 1, f"minibatch must be at least 1, got {minibatch}")
+        require(minibatch >= 1, f"minibatch must be a positive integer, got {minibatch}")
     if microbatch is not None:
-        require(microbatch >= 1, f"microbatch must be at least 1, got {microbatch}")
+        require(microbatch >= 1, f"microbatch must be a positive integer, got {microbatch}")
         if getattr(model, "normalises_by_batch", False):
             raise ValueError("microbatch: a batch norm layer needs all rows at once; give another norm")
     learned = tuple(name for name in LEARNABLE if name in learn)
@@ -232,46 +187,60 @@ def gradient_steps(
         return embedding.reshape(-1, embedding.shape[-1])[: rows_of(batch)]
 
     def begin(meta: PyTree, batch: Batch, start: PyTree = None) -> InnerProblem:
-        hyper = meta.get(HYPER, {})
+        hyper, batch = meta.get(HYPER, {}), cleared(batch)
         origin = without((HYPER,), meta) if start is None else without(("batch_stats",), start)
         variables, centre = origin, None
         if per_step_norm:
             variables = _merge(variables, jax.tree.map(lambda leaf: leaf[0], hyper["norm"]))
-        made = head == "prototypes" and start is None
-        z = None
-        if made or adapted == "head":
-            z = embed(variables, batch)
-        if made and z is not None:
+        z = embed(variables, batch) if head == "prototypes" or adapted == "head" else None
+        absent = None
+        if head == "prototypes":
+            assert z is not None
+            given_head = head_of(variables)
             total = batch.weight.sum()
             centre = (batch.weight @ z) / jnp.where(total > 0, total, 1.0)
-            classes = variables["params"]["head"]["bias"].shape[0]
+            classes = given_head["bias"].shape[0]
             last = prototype_head(z - centre, batch.y, batch.weight, classes, temperature=current(hyper, "temperature"))
+            absent, last = ruled_out(last)
+            if start is not None:
+                # Columns of classes that the given head ruled out, if they have a label now.
+                closed, kept = ruled_out(given_head)
+                fresh = closed & ~absent
+                made = head_of(uncentred({"params": {"head": last}}, centre))
+                last = {name: jnp.where(fresh, made[name], leaf) for name, leaf in kept.items()}
+                absent, centre = closed & absent, None
             variables = {**variables, "params": {**variables["params"], "head": last}}
-        return InnerProblem(batch, origin, hyper, variables, z if adapted == "head" else None, centre)
+        return InnerProblem(batch, origin, hyper, variables, z if adapted == "head" else None, centre, absent)
 
-    def fit(variables: PyTree, batch: Batch, embedding: Array | None) -> Array:
-        """The cross entropy of labelled rows; `embedding` is theirs where the body stays as it is."""
+    def fit(variables: PyTree, problem: InnerProblem, rows: Batch, embedding: Array | None) -> Array:
+        """The loss of labelled rows; `embedding` is theirs where the body stays as it is."""
+
+        def loss_of_logits(logits: Array, rows: Batch) -> Array:
+            if problem.absent is not None:
+                logits = jnp.where(problem.absent, -jnp.inf, logits)
+            return loss(logits, rows.y, rows.weight)
+
         if embedding is not None:
             last = variables["params"]["head"]
-            return cross_entropy(embedding @ last["kernel"] + last["bias"], batch.y, batch.weight)
+            return loss_of_logits(embedding @ last["kernel"] + last["bias"], rows)
 
-        def loss(rows: Batch) -> Array:
-            return cross_entropy(apply(model, variables, rows.x, rows.weight)[0], rows.y, rows.weight)
+        def loss_of_rows(rows: Batch) -> Array:
+            return loss_of_logits(apply(model, variables, rows.x, rows.weight)[0], rows)
 
         if microbatch is None:
-            return loss(batch)
+            return loss_of_rows(rows)
 
         def add(total: Array, part: tuple[Batch, Array]) -> tuple[Array, None]:
-            return total + part[1] * loss(part[0]), None
+            return total + part[1] * loss_of_rows(part[0]), None
 
-        chunks = _chunks(batch, microbatch)
-        weight = batch.weight.sum()
+        chunks = _chunks(rows, microbatch)
+        weight = rows.weight.sum()
         total, _ = lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.zeros_like(weight), chunks)
         return total / jnp.where(weight > 0, weight, 1.0)
 
     def loss_of(free: PyTree, problem: InnerProblem, rows: Batch, embedding: Array | None, norm: PyTree) -> Array:
         variables = uncentred(_merge(_merge(problem.variables, free), norm), problem.centre)
-        total = fit(variables, rows, embedding)
+        total = fit(variables, problem, rows, embedding)
         if "decay" in learned or not _is_zero(decay):
             total += 0.5 * current(problem.hyper, "decay") * _squares(free)
         if "proximal" in learned or not _is_zero(proximal):
@@ -283,6 +252,7 @@ def gradient_steps(
         return loss_of(free, problem, problem.batch, problem.embedding, {})
 
     def solve(key: Array, problem: InnerProblem, *, first_order: bool = False, path: bool = False) -> PyTree:
+        problem = held_without_labels(problem.batch, problem)
         batch, hyper = problem.batch, problem.hyper
         first = free_of(problem.variables)
         each: dict[str, Any] = {}
@@ -291,7 +261,7 @@ def gradient_steps(
         if per_step_norm:
             each["norm"] = jax.tree.map(lambda leaf: leaf[:steps], hyper["norm"])
 
-        def loss(free: PyTree, now: PyTree = None) -> Array:
+        def step_loss(free: PyTree, now: PyTree = None) -> Array:
             rows, embedding = batch, problem.embedding
             if minibatch is not None:
                 index = _draw(now["key"], batch.weight, min(minibatch, rows_of(batch)))
@@ -308,7 +278,7 @@ def gradient_steps(
             ungated = jax.tree.map(lambda leaf: jnp.ones(steps), first) if factors is None else factors
             factors = jax.tree.map(lambda leaf: leaf * gates.reshape((-1,) + (1,) * (leaf.ndim - 1)), ungated)
         return inner_loop(
-            loss,
+            step_loss,
             first,
             optimizer=optimizer,
             steps=steps,
@@ -325,6 +295,10 @@ def gradient_steps(
         if per_step_norm:
             last = steps if step is None else step
             params = _merge(params, jax.tree.map(lambda leaf: leaf[last], problem.hyper["norm"]))
+        if problem.absent is not None:
+            made = params["params"]["head"]
+            made = {**made, "bias": jnp.where(problem.absent, -jnp.inf, made["bias"])}
+            params = {**params, "params": {**params["params"], "head": made}}
         params = labelled_or(problem.batch, params, problem.origin)
         return support_statistics(model, params, problem.batch) if statistics == "support" else params
 
@@ -337,7 +311,7 @@ def gradient_steps(
         init=init,
         adapt=adapt,
         predict=predict_of(model),
-        judge=judge_of(model),
+        judge=judge_of(model, loss, score),
         begin=begin,
         solve=solve,
         assemble=assemble,
@@ -354,12 +328,14 @@ class InnerProblem(NamedTuple):
     """What the inner loop starts from.
 
     Attributes:
-      batch: the labelled rows.
+      batch: the labelled rows, cleared.
       origin: the parameters that are kept where there is no label.
       hyper: learned hyperparameters.
       variables: the model's variables before the first step.
       embedding: `[n, d]` of the labelled rows where the body stays as it is, else None.
       centre: `[d]`, what the steps see taken off the embedding, or None.
+      absent: bool `[c]`, classes that are ruled out, or None. Their biases stand at 0 in here, so that norms, decay and
+        optimisers meet finite numbers.
     """
 
     batch: Batch
@@ -368,6 +344,13 @@ class InnerProblem(NamedTuple):
     variables: PyTree
     embedding: Array | None
     centre: Array | None
+    absent: Array | None
+
+
+def ruled_out(head: PyTree) -> tuple[Array, PyTree]:
+    """Which classes a head rules out by a bias of -inf, bool `[c]`, and the head with 0 there."""
+    absent = jnp.isneginf(head["bias"])
+    return absent, {**head, "bias": jnp.where(absent, 0.0, head["bias"])}
 
 
 def uncentred(variables: PyTree, centre: Array | None) -> PyTree:
@@ -381,11 +364,6 @@ def uncentred(variables: PyTree, centre: Array | None) -> PyTree:
 
 def _is_zero(value: float | Array) -> bool:
     return not isinstance(value, Array) and value == 0
-
-
-def _check_remat(remat: bool, unroll: int | bool) -> None:
-    if remat and (unroll is True or unroll > 1):  # True equals 1
-        raise ValueError(f"remat needs the steps in a loop, unroll=1, got unroll={unroll}")
 
 
 def _is_norm(name: tuple[str, ...]) -> bool:

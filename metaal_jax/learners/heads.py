@@ -4,10 +4,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from metaal_jax.base import PyTree, require
+from metaal_jax import losses
+from metaal_jax.base import LossFn, PyTree, is_classes, require
+from metaal_jax.losses import class_targets, clear_padding
 
-ABSENT = -1e3  # logit of a class without a label
 FULL_PRECISION = jax.default_matmul_precision("highest")  # full float32, which graphics cards do not take by default
+
+
+def check_class_loss(name: str, loss: LossFn) -> None:
+    """Raises `ValueError` for losses under which a head that knows classes alone makes no sense."""
+    if loss in (losses.squared_error, losses.sigmoid_cross_entropy):
+        raise ValueError(
+            f"{name} needs one class a row, which losses.{loss.__name__} does not have; use learners.r2d2 for "
+            "targets, or gradient steps such as learners.maml"
+        )
 
 
 def prototype_head(
@@ -16,17 +26,31 @@ def prototype_head(
     """A linear layer whose logits are minus half the squared distances to the class prototypes, times `temperature`.
 
     A prototype is the weighted mean of its class's embeddings. Logit `j` of row `z` is `z.c_j - |c_j|^2 / 2`, which
-    equals `-|z - c_j|^2 / 2` up to a term shared by all classes. A class without a label has no prototype; its logit
-    is `ABSENT`, below all others. Distances grow with the embedding's size, so a large embedding wants a small
-    temperature.
+    equals `-|z - c_j|^2 / 2` up to a term shared by all classes. A class without a label has no prototype; its kernel
+    is 0 and its bias -inf. Distances grow with the embedding's size, so a large embedding wants a small temperature.
+
+    Args:
+      embedding: float `[n, d]`.
+      y: int32 `[n]`, or class probabilities `[n, c]`: a row counts for a class as much as it probably is of it.
+      weight: float32 `[n]`, 0 = padding.
+      classes: number of classes `c`.
+      temperature: factor on the logits, > 0.
+
+    Returns:
+      `{"kernel": [d, c], "bias": [c]}`.
+
+    Raises:
+      ValueError: for labels of another kind.
 
     Reference: Snell, Swersky, Zemel: Prototypical Networks, 2017; Triantafillou et al.: Meta-Dataset
     (Proto-MAML), 2020.
     """
-    member = jax.nn.one_hot(y, classes, dtype=embedding.dtype) * weight[:, None]
+    embedding = clear_padding(embedding, weight)
+    target, weight = class_targets("prototype_head", y, weight, classes)
+    member = target.astype(embedding.dtype) * weight[:, None]
     count = member.sum(0)
     centres = (member.T @ embedding) / jnp.where(count > 0, count, 1.0)[:, None]
-    bias = jnp.where(count > 0, -0.5 * temperature * (centres**2).sum(-1), ABSENT)
+    bias = jnp.where(count > 0, -0.5 * temperature * (centres**2).sum(-1), -jnp.inf)
     return {"kernel": temperature * centres.T, "bias": bias}
 
 
@@ -40,41 +64,47 @@ def ridge_head(
     ridge: float | Array = 1.0,
     scale: float | Array = 1.0,
     intercept: bool = True,
-    absent: float | None = ABSENT,
+    absent: float | None = -jnp.inf,
 ) -> PyTree:
-    """Weighted ridge regression onto one-hot classes: `logits = scale (z W + b)`.
+    """Weighted ridge regression onto one-hot classes or targets: `outputs = scale (z W + b)`.
 
-    `W` and `b` minimise `sum_i w_i |z_i W + b - onehot(y_i)|^2 + ridge |W|^2`. The solution is found in whichever
-    space is smaller, that of the features or that of the rows (Woodbury), at the price of one linear solve. It is
-    differentiable in everything but `y`, also where weights are 0.
+    `W` and `b` minimise `sum_i w_i |z_i W + b - y_i|^2 + ridge |W|^2`, `y_i` the one-hot class or the target. The
+    solution is found in whichever space is smaller, that of the features or that of the rows (Woodbury), at the price
+    of one linear solve. It is differentiable in everything but integer `y`, also where weights are 0.
 
     Args:
       embedding: float `[n, d]`.
-      y: int32 `[n]`.
+      y: int32 `[n]` classes, float `[n, c]` class probabilities, or float targets `[n, c]` or (`c = 1`) `[n]`.
       weight: float32 `[n]`, 0 = padding.
-      classes: number of classes `c`.
+      classes: number of classes or targets `c`.
       ridge: strength of the regularisation, above 0, against a sum over rows: more rows count for more. Less than
         rounding leaves of it, a unit in the last place of the weighted sum of squares, counts as that much.
-      scale: factor on the regression's outputs, which lie about between 0 and 1: the cross entropy wants it larger.
+      scale: factor on the regression's outputs. For classes these lie about between 0 and 1, and the cross entropy
+        wants them larger.
       intercept: fits `b`, which is not regularised; otherwise `b = 0`, as in R2D2.
-      absent: bias of a class without a label. None: 0, what the regression tends to as the weight of a class falls to
-        0, so that nothing jumps and a gradient in the weights tells what a first label of the class would change.
+      absent: bias of a class without a label; give None with targets `[n, c]`, which look like probabilities. None: 0,
+        what the regression tends to as the weight of a class falls to 0, so that nothing jumps and a gradient in the
+        weights tells what a first label of the class would change.
 
     Returns:
       `{"kernel": [d, c], "bias": [c]}`. A class without a label has a kernel of 0 and the bias `absent`.
 
     Raises:
-      ValueError: for `ridge <= 0`.
+      ValueError: for `ridge <= 0`, or as many targets as there are not outputs.
 
     Reference: Bertinetto, Henriques, Torr, Vedaldi: Meta-learning with Differentiable Closed-form Solvers, 2019.
     """
     require(ridge > 0, f"ridge_head: ridge must be > 0, got {ridge}")
     rows, features = embedding.shape
-    target = jax.nn.one_hot(y, classes, dtype=embedding.dtype)
-    count = weight @ target
+    embedding = clear_padding(embedding, weight)
+    if jnp.issubdtype(y.dtype, jnp.floating) and y.ndim == 1:
+        y, absent = y[:, None], None
+    target, weight = class_targets("ridge_head", y, weight, classes)
+    target = target.astype(embedding.dtype)
+    count = weight @ jnp.abs(target)
+    share = weight / jnp.where(weight.sum() > 0, weight.sum(), 1.0)
     bias = jnp.zeros(classes, embedding.dtype)
     if intercept:
-        share = weight / jnp.where(count.sum() > 0, count.sum(), 1.0)
         centre, bias = share @ embedding, share @ target
         embedding, target = embedding - centre, target - bias
     weighted = weight[:, None] * target
@@ -115,28 +145,29 @@ def svm_head(
 
     Args:
       embedding: float `[n, d]`.
-      y: int32 `[n]`.
+      y: int32 `[n]`; a margin to one right class has no form for probabilities or targets.
       weight: float32 `[n]`, 0 = padding.
       classes: number of classes `c`.
       penalty: price of a unit of hinge loss (`C`), above 0. This and `ridge` are as in MetaOptNet's code.
       ridge: at least 0.
-      scale: factor on the outputs, whose margin is 1: the cross entropy wants it larger.
+      scale: factor on the outputs, whose margin is 1; the cross entropy wants them larger.
       iterations: of the solver, at least 1; `svm_residual` says whether they are enough. 100 leave less than 0.001
         in float32, unless overlapping classes of more rows than features meet a `penalty |z|^2` far above 1.
 
     Returns:
       `{"kernel": [d, c], "bias": [c]}`. A class without a label is left out of the problem: its kernel is 0 and its
-      bias `ABSENT`.
+      bias -inf.
 
     Raises:
-      ValueError: for `penalty <= 0`, `ridge < 0` or `iterations < 1`.
+      ValueError: for `penalty <= 0`, `ridge < 0`, `iterations < 1` or labels that are no integer classes.
 
     Reference: Crammer, Singer: On the Algorithmic Implementation of Multiclass Kernel-based Vector Machines, 2001;
     Lee, Maji, Ravichandran, Soatto: Meta-Learning with Differentiable Convex Optimization, 2019.
     """
+    embedding = clear_padding(embedding, weight)
     gram, target, size = _svm_problem(embedding, y, weight, classes, penalty, ridge)
     dual = svm_dual(gram, target, size, iterations=iterations)
-    bias = jnp.where(weight @ target > 0, jnp.zeros(classes, dual.dtype), ABSENT)
+    bias = jnp.where(size @ target > 0, jnp.zeros(classes, dual.dtype), -jnp.inf)
     return {"kernel": scale * (embedding.T @ dual), "bias": bias}
 
 
@@ -160,6 +191,7 @@ def svm_residual(
 
     Args and Raises: see `svm_head`.
     """
+    embedding = clear_padding(embedding, weight)
     gram, target, size = _svm_problem(embedding, y, weight, classes, penalty, ridge)
     dual = svm_dual(gram, target, size, iterations=iterations)
     slope = gram @ dual - target
@@ -173,8 +205,11 @@ def _svm_problem(
 ) -> tuple[Array, Array, Array]:
     require(penalty > 0, f"penalty must be > 0, got {penalty}")
     require(ridge >= 0, f"ridge must be >= 0, got {ridge}")
+    if not is_classes(y):
+        raise ValueError(f"svm_head: y must be integer classes [n], got {y.dtype} {losses.shape_of(y)}")
     gram = embedding @ embedding.T + ridge * jnp.eye(len(embedding), dtype=embedding.dtype)
-    return gram, jax.nn.one_hot(y, classes, dtype=embedding.dtype), penalty * weight
+    target, weight = class_targets("svm_head", y, weight, classes)
+    return gram, target.astype(embedding.dtype), penalty * weight
 
 
 @FULL_PRECISION
@@ -250,9 +285,10 @@ def _project(v: Array, upper: Array, labelled: Array) -> tuple[Array, Array]:
     Inside, all entries of a row are shifted alike. Entry `k` is inside if the shift that puts it on the box leaves a
     sum of at least 0. Comparing all pairs is several times faster than sorting.
     """
-    above = jnp.where(labelled, v - upper, 1e30)  # so far above that it never gets inside
+    above = v - upper
     total = upper.sum(-1, keepdims=True)
-    inside = labelled & (total + jnp.minimum(above[:, :, None] - above[:, None, :], 0.0).sum(1) >= 0)
+    lower = jnp.minimum(above[:, :, None] - above[:, None, :], 0.0)
+    inside = labelled & (total + jnp.where(labelled[:, None], lower, 0.0).sum(1) >= 0)
     shift = (total + jnp.where(inside, v - upper, 0.0).sum(-1, keepdims=True)) / _count(inside)
     return jnp.where(inside, v - shift, upper), inside
 

@@ -1,16 +1,26 @@
 """A learner that also learns to predict the loss of its own predictions."""
 
-from typing import cast
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from metaal_jax.base import Batch, Learner, Metrics, Prediction, PyTree, Task, require, take
-from metaal_jax.learners.gradient import inner_loop
-from metaal_jax.losses import accuracy, cross_entropy, weighted_mean
+from metaal_jax import losses
+from metaal_jax.base import Batch, Learner, LossFn, Metrics, Prediction, PyTree, Task, require, take
+from metaal_jax.learners.adaptation import (
+    all_rows,
+    apply,
+    cleared,
+    held_without_labels,
+    init_of,
+    labelled_or,
+    metrics_of,
+    predict_of,
+    without,
+)
+from metaal_jax.learners.inner_loop import check_optimizer, inner_loop
+from metaal_jax.losses import weighted_mean
 
 
 def predict_loss(loss_head: PyTree, embedding: Array) -> Array:
@@ -46,28 +56,31 @@ def loss_predictor(
     strength: float | Array = 1.0,
     detach: bool = True,
     unroll: int | bool = 1,
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Learner:
     """Fine-tuning together with a small network that reads the embedding and predicts each row's loss.
 
-    `adapt` takes `steps` steps down `cross entropy + strength * ranking loss` on the labelled rows. The ranking loss
+    `adapt` takes `steps` steps down `loss + strength * ranking loss` on the labelled rows. The ranking loss
     (see `ranking_loss`) asks only that rows of larger loss get larger predictions, so the falling scale of the losses
     does not matter. `acquisition.predicted_loss` queries the rows with the largest prediction.
 
     Different from the paper: all pairs of labelled rows instead of the neighbours in a shuffled mini-batch; one
     embedding instead of features from several depths; and by default no gradient from the ranking loss into the body,
-    so that the classifier is the one of `fine_tune` (unless the optimiser couples parameters, as clipping by the
+    so that the predictions are those of `fine_tune` (unless the optimiser couples parameters, as clipping by the
     global norm does) and only the queries differ. `detach=False` lets it flow, as in the first 60 % of the paper's
     training; then `strength` also weighs the two losses against each other.
 
     Args:
       model: a Flax module, see `metaal_jax.models`.
-      optimizer: any Optax transformation.
+      optimizer: any Optax transformation of gradients alone.
       steps: full-batch steps on the labelled rows.
       hidden: width of the loss predictor's hidden layer.
       margin: of the ranking loss, > 0.
       strength: factor on the ranking loss, >= 0.
       detach: keeps the ranking loss's gradient out of the body.
       unroll: of the scan over steps.
+      loss, score: see `gradient_steps`.
 
     Returns:
       A `Learner` whose meta-parameters are the model's variables and one more entry, `"loss_head"`. `meta_grad` is
@@ -78,20 +91,17 @@ def loss_predictor(
 
     Reference: Yoo, Kweon: Learning Loss for Active Learning, 2019.
     """
-    require(steps >= 0, f"loss_predictor: steps must be >= 0, got {steps}")
-    require(hidden >= 1, f"loss_predictor: hidden must be at least 1, got {hidden}")
+    check_optimizer(optimizer)
+    require(steps >= 0, f"loss_predictor: steps must not be negative, got {steps}")
+    require(hidden >= 1, f"loss_predictor: hidden must be a positive integer, got {hidden}")
     require(margin > 0, f"loss_predictor: margin must be > 0, got {margin}")
     require(strength >= 0, f"loss_predictor: strength must be >= 0, got {strength}")
 
-    def apply(params: PyTree, x: PyTree, weight: Array | None = None) -> tuple[Array, Array]:
-        variables = {name: value for name, value in params.items() if name != "loss_head"}
-        return cast(tuple[Array, Array], model.apply(variables, x, weight))
-
     def init(key: Array, x: PyTree, /) -> PyTree:
         model_key, first_key, last_key = jax.random.split(key, 3)
+        variables = init_of(model)(model_key, x)
         row = take(x, jnp.zeros(1, jnp.int32))
-        variables = model.init(model_key, row)
-        d = jax.eval_shape(model.apply, variables, row)[1].shape[-1]
+        d = jax.eval_shape(lambda: apply(model, variables, row))[1].shape[-1]
         normal = nn.initializers.lecun_normal()
         loss_head = {
             "hidden": {"kernel": normal(first_key, (d, hidden)), "bias": jnp.zeros(hidden)},
@@ -99,32 +109,34 @@ def loss_predictor(
         }
         return {**variables, "loss_head": loss_head}
 
+    def each_loss(logits: Array, y: Array) -> Array:
+        """The loss of each row by itself, `[n]`."""
+        return jax.vmap(lambda logits, y: loss(logits[None], y[None], jnp.ones(1)))(logits, y)
+
     def objective(params: PyTree, batch: Batch) -> tuple[Array, Metrics]:
-        logits, embedding = apply(params, batch.x, batch.weight)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch.y)
+        logits, embedding = apply(model, without(("loss_head",), params), batch.x, batch.weight)
         predicted = predict_loss(params["loss_head"], lax.stop_gradient(embedding) if detach else embedding)
-        ranking = ranking_loss(predicted, each, batch.weight, margin=margin)
-        loss = cross_entropy(logits, batch.y, batch.weight)
-        metrics = {"loss": loss, "accuracy": accuracy(logits, batch.y, batch.weight), "ranking_loss": ranking}
-        return loss + strength * ranking, metrics
+        ranking = ranking_loss(predicted, each_loss(logits, batch.y), batch.weight, margin=margin)
+        value, metrics = metrics_of(loss, score, logits, batch)
+        return value + strength * ranking, {**metrics, "ranking_loss": ranking}
 
     def adapt(key: Array, meta: PyTree, batch: Batch, /, *, unlabelled: PyTree = None, start: PyTree = None) -> PyTree:
         del key, unlabelled
-        origin = meta if start is None else start
+        origin, batch = meta if start is None else start, cleared(batch)
         params = inner_loop(
-            lambda params: objective(params, batch)[0], origin, optimizer=optimizer, steps=steps, unroll=unroll
+            lambda params: objective(params, batch)[0],
+            held_without_labels(batch, origin),
+            optimizer=optimizer,
+            steps=steps,
+            unroll=unroll,
         )
-        # Without a label there is nothing to adapt to, whatever weight decay would do.
-        labelled = batch.weight.sum() > 0
-        return jax.tree.map(lambda new, old: jnp.where(labelled, new, old), params, origin)
+        return labelled_or(batch, params, origin)
 
     def predict(params: PyTree, x: PyTree, /) -> Prediction:
-        logits, embedding = apply(params, x)
-        return Prediction(logits=logits[None], embedding=embedding[None])
+        return predict_of(model)(without(("loss_head",), params), x)
 
     def meta_grad(key: Array, meta: PyTree, task: Task, /, *, step: Array) -> tuple[PyTree, Metrics]:
         del key, step
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), task.support, task.query)
-        return jax.grad(objective, has_aux=True)(meta, both)
+        return jax.grad(objective, has_aux=True)(meta, all_rows(task))
 
     return Learner(init=init, adapt=adapt, predict=predict, meta_grad=meta_grad)

@@ -1,15 +1,16 @@
 """MAML and its family by name: each is an inner loop and an outer gradient."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 
-from metaal_jax.base import Learner, Metrics, PyTree, Task
-from metaal_jax.learners.adaptation import judge_of
+from metaal_jax import losses
+from metaal_jax.base import Learner, LossFn, Metrics, PyTree, Task
+from metaal_jax.learners.adaptation import all_rows, judge_of
 from metaal_jax.learners.gradient import gradient_steps
 from metaal_jax.learners.meta_gradient import annealed, implicit, reptile_difference, through
 
@@ -20,11 +21,22 @@ def maml(
     optimizer: optax.GradientTransformation,
     steps: int,
     first_order: bool = False,
+    adapted: Literal["all", "head", "body"] = "all",
     head: Literal["meta", "prototypes"] = "meta",
     temperature: float | Array = 1.0,
+    decay: float | Array = 0.0,
+    proximal: float | Array = 0.0,
+    rates: Literal["tensor", "parameter"] | None = None,
+    per_step: bool = False,
+    learn: Sequence[str] = (),
+    per_step_norm: bool = False,
+    statistics: Literal["batch", "support"] = "batch",
+    minibatch: int | None = None,
+    microbatch: int | None = None,
     remat: bool = False,
     unroll: int | bool = 1,
-    **options: Any,
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Learner:
     """Model-agnostic meta-learning: an initialisation from which a few gradient steps fit a new task.
 
@@ -33,10 +45,11 @@ def maml(
 
     Args:
       model: a Flax module, see `metaal_jax.models`.
-      optimizer: of the inner loop, any Optax transformation.
+      optimizer: of the inner loop, any Optax transformation of gradients alone.
       steps: inner steps.
       first_order: treats the inner gradients as constants (FOMAML).
-      head, temperature, remat, unroll, options: of the inner loop, see `gradient_steps`.
+      adapted, head, temperature, decay, proximal, rates, per_step, learn, per_step_norm, statistics, minibatch,
+        microbatch, remat, unroll, loss, score: see `gradient_steps`.
 
     Returns:
       A `Learner` whose meta-parameters are the model's variables (and learned hyperparameters, if any).
@@ -53,23 +66,35 @@ def maml(
     >>> learner.predict(meta, jax.numpy.zeros((4, 8))).logits.shape
     (1, 4, 3)
     """
-    return through(
-        gradient_steps(
-            model,
-            optimizer=optimizer,
-            steps=steps,
-            head=head,
-            temperature=temperature,
-            remat=remat,
-            unroll=unroll,
-            **options,
-        ),
-        first_order=first_order,
-    )
+    adaptation = gradient_steps(
+        model, optimizer=optimizer, steps=steps, adapted=adapted, head=head, temperature=temperature, decay=decay,
+        proximal=proximal, rates=rates, per_step=per_step, learn=learn, per_step_norm=per_step_norm,
+        statistics=statistics, minibatch=minibatch, microbatch=microbatch, remat=remat, unroll=unroll, loss=loss,
+        score=score,
+    )  # fmt: skip
+    return through(adaptation, first_order=first_order)
 
 
 def anil(
-    model: nn.Module, *, optimizer: optax.GradientTransformation, steps: int, first_order: bool = False, **options: Any
+    model: nn.Module,
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    first_order: bool = False,
+    head: Literal["meta", "prototypes"] = "meta",
+    temperature: float | Array = 1.0,
+    decay: float | Array = 0.0,
+    proximal: float | Array = 0.0,
+    rates: Literal["tensor", "parameter"] | None = None,
+    per_step: bool = False,
+    learn: Sequence[str] = (),
+    statistics: Literal["batch", "support"] = "batch",
+    minibatch: int | None = None,
+    microbatch: int | None = None,
+    remat: bool = False,
+    unroll: int | bool = 1,
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Learner:
     """Almost no inner loop: MAML whose inner steps move the last layer alone.
 
@@ -80,7 +105,8 @@ def anil(
       optimizer: of the inner loop.
       steps: inner steps.
       first_order: treats the inner gradients as constants.
-      options: of the inner loop, see `gradient_steps`.
+      head, temperature, decay, proximal, rates, per_step, learn, statistics, minibatch, microbatch, remat, unroll,
+        loss, score: see `gradient_steps`.
 
     Raises:
       ValueError: see `gradient_steps`.
@@ -88,34 +114,81 @@ def anil(
     Reference: Raghu, Raghu, Bengio, Vinyals: Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness
     of MAML, 2020.
     """
-    return through(
-        gradient_steps(model, optimizer=optimizer, steps=steps, adapted="head", **options), first_order=first_order
-    )
+    adaptation = gradient_steps(
+        model, optimizer=optimizer, steps=steps, adapted="head", head=head, temperature=temperature, decay=decay,
+        proximal=proximal, rates=rates, per_step=per_step, learn=learn, statistics=statistics, minibatch=minibatch,
+        microbatch=microbatch, remat=remat, unroll=unroll, loss=loss, score=score,
+    )  # fmt: skip
+    return through(adaptation, first_order=first_order)
 
 
 def meta_sgd(
-    model: nn.Module, *, rate: float | Array, steps: int = 1, first_order: bool = False, **options: Any
+    model: nn.Module,
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int = 1,
+    first_order: bool = False,
+    adapted: Literal["all", "head", "body"] = "all",
+    head: Literal["meta", "prototypes"] = "meta",
+    temperature: float | Array = 1.0,
+    decay: float | Array = 0.0,
+    proximal: float | Array = 0.0,
+    per_step: bool = False,
+    learn: Sequence[str] = (),
+    per_step_norm: bool = False,
+    statistics: Literal["batch", "support"] = "batch",
+    minibatch: int | None = None,
+    microbatch: int | None = None,
+    remat: bool = False,
+    unroll: int | bool = 1,
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Learner:
     """Meta-SGD: MAML with a learned step size for every parameter.
 
     Args:
       model: a Flax module.
-      rate: the step size that all parameters start from, > 0; learned are factors on it.
+      optimizer: of the inner loop, `optax.sgd(rate)` in the paper; learned are factors on its updates, from 1.
       steps: inner steps, one in the paper.
       first_order: treats the inner gradients as constants; the step sizes are learned all the same.
-      options: of the inner loop, see `gradient_steps`; `per_step=True` learns a step size for every step.
+      per_step: learns a step size for every step, too.
+      adapted, head, temperature, decay, proximal, learn, per_step_norm, statistics, minibatch, microbatch, remat,
+        unroll, loss, score: see `gradient_steps`.
 
     Raises:
       ValueError: see `gradient_steps`.
 
     Reference: Li, Zhou, Chen, Li: Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017.
     """
-    adaptation = gradient_steps(model, optimizer=optax.sgd(rate), steps=steps, rates="parameter", **options)
+    adaptation = gradient_steps(
+        model, optimizer=optimizer, steps=steps, adapted=adapted, head=head, temperature=temperature, decay=decay,
+        proximal=proximal, rates="parameter", per_step=per_step, learn=learn, per_step_norm=per_step_norm,
+        statistics=statistics, minibatch=minibatch, microbatch=microbatch, remat=remat, unroll=unroll, loss=loss,
+        score=score,
+    )  # fmt: skip
     return through(adaptation, first_order=first_order)
 
 
 def maml_plus_plus(
-    model: nn.Module, *, rate: float | Array, steps: int, anneal_steps: int, per_step_norm: bool = True, **options: Any
+    model: nn.Module,
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    anneal_steps: int,
+    per_step_norm: bool = True,
+    adapted: Literal["all", "head", "body"] = "all",
+    head: Literal["meta", "prototypes"] = "meta",
+    temperature: float | Array = 1.0,
+    decay: float | Array = 0.0,
+    proximal: float | Array = 0.0,
+    learn: Sequence[str] = (),
+    statistics: Literal["batch", "support"] = "batch",
+    minibatch: int | None = None,
+    microbatch: int | None = None,
+    remat: bool = False,
+    unroll: int | bool = 1,
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Learner:
     """MAML++: MAML with a multi-step loss, step sizes per layer and step, and norm parameters per step.
 
@@ -124,12 +197,13 @@ def maml_plus_plus(
 
     Args:
       model: a Flax module, with norm layers unless `per_step_norm` is False.
-      rate: the inner step size that all layers and steps start from.
+      optimizer: of the inner loop, `optax.sgd(rate)` in the paper; learned are factors on its updates, from 1.
       steps: inner steps.
       anneal_steps: outer steps after which only the last inner step's loss counts, see `annealed`.
       per_step_norm: learns scale and bias of norm layers for every inner step, which normalises by the statistics of
         its own batch.
-      options: of the inner loop, see `gradient_steps`.
+      adapted, head, temperature, decay, proximal, learn, statistics, minibatch, microbatch, remat, unroll, loss,
+        score: see `gradient_steps`.
 
     Raises:
       ValueError: see `gradient_steps` and `annealed`.
@@ -137,14 +211,11 @@ def maml_plus_plus(
     Reference: Antoniou, Edwards, Storkey: How to Train Your MAML, 2019.
     """
     adaptation = gradient_steps(
-        model,
-        optimizer=optax.sgd(rate),
-        steps=steps,
-        rates="tensor",
-        per_step=True,
-        per_step_norm=per_step_norm,
-        **options,
-    )
+        model, optimizer=optimizer, steps=steps, adapted=adapted, head=head, temperature=temperature, decay=decay,
+        proximal=proximal, rates="tensor", per_step=True, learn=learn, per_step_norm=per_step_norm,
+        statistics=statistics, minibatch=minibatch, microbatch=microbatch, remat=remat, unroll=unroll, loss=loss,
+        score=score,
+    )  # fmt: skip
     return through(adaptation, multi_step=annealed(steps, anneal_steps))
 
 
@@ -154,7 +225,13 @@ def reptile(
     optimizer: optax.GradientTransformation,
     steps: int,
     minibatch: int | None = None,
-    **options: Any,
+    decay: float | Array = 0.0,
+    proximal: float | Array = 0.0,
+    statistics: Literal["batch", "support"] = "batch",
+    microbatch: int | None = None,
+    unroll: int | bool = 1,
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Learner:
     """Reptile: the outer loop moves the initialisation towards the parameters that the inner loop found.
 
@@ -164,14 +241,18 @@ def reptile(
         task; here every task begins anew, for which plain gradient descent is better.
       steps: inner steps.
       minibatch: rows drawn for each of them; None for all.
-      options: of the inner loop, see `gradient_steps`.
+      decay, proximal, statistics, microbatch, unroll, loss, score: see `gradient_steps`.
 
     Raises:
-      ValueError: see `reptile_difference` and `gradient_steps`.
+      ValueError: see `gradient_steps`.
 
     Reference: Nichol, Achiam, Schulman: On First-Order Meta-Learning Algorithms, 2018.
     """
-    return reptile_difference(gradient_steps(model, optimizer=optimizer, steps=steps, minibatch=minibatch, **options))
+    adaptation = gradient_steps(
+        model, optimizer=optimizer, steps=steps, decay=decay, proximal=proximal, statistics=statistics,
+        minibatch=minibatch, microbatch=microbatch, unroll=unroll, loss=loss, score=score,
+    )  # fmt: skip
+    return reptile_difference(adaptation)
 
 
 def implicit_maml(
@@ -182,7 +263,17 @@ def implicit_maml(
     proximal: float | Array,
     solver_steps: int = 5,
     damping: float | Array = 0.0,
-    **options: Any,
+    adapted: Literal["all", "head", "body"] = "all",
+    head: Literal["meta", "prototypes"] = "meta",
+    temperature: float | Array = 1.0,
+    decay: float | Array = 0.0,
+    learn: Sequence[str] = (),
+    statistics: Literal["batch", "support"] = "batch",
+    minibatch: int | None = None,
+    microbatch: int | None = None,
+    unroll: int | bool = 1,
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Learner:
     """MAML with implicit gradients: the inner loop minimises the loss plus a pull towards the initialisation.
 
@@ -192,19 +283,38 @@ def implicit_maml(
       steps: inner steps, enough to come near the minimum.
       proximal: strength of the pull, > 0.
       solver_steps, damping: of the conjugate gradients, see `implicit`.
-      options: of the inner loop, see `gradient_steps`.
+      adapted, head, temperature, decay, learn, statistics, minibatch, microbatch, unroll, loss, score: see
+        `gradient_steps`.
 
     Raises:
       ValueError: see `implicit` and `gradient_steps`.
 
     Reference: Rajeswaran, Finn, Kakade, Levine: Meta-Learning with Implicit Gradients, 2019.
     """
-    adaptation = gradient_steps(model, optimizer=optimizer, steps=steps, proximal=proximal, **options)
+    adaptation = gradient_steps(
+        model, optimizer=optimizer, steps=steps, adapted=adapted, head=head, temperature=temperature, decay=decay,
+        proximal=proximal, learn=learn, statistics=statistics, minibatch=minibatch, microbatch=microbatch,
+        unroll=unroll, loss=loss, score=score,
+    )  # fmt: skip
     return implicit(adaptation, solver_steps=solver_steps, damping=damping)
 
 
 def fine_tune(
-    model: nn.Module, *, optimizer: optax.GradientTransformation, steps: int, unroll: int | bool = 1, **options: Any
+    model: nn.Module,
+    *,
+    optimizer: optax.GradientTransformation,
+    steps: int,
+    adapted: Literal["all", "head", "body"] = "all",
+    head: Literal["meta", "prototypes"] = "meta",
+    temperature: float | Array = 1.0,
+    decay: float | Array = 0.0,
+    proximal: float | Array = 0.0,
+    statistics: Literal["batch", "support"] = "batch",
+    minibatch: int | None = None,
+    microbatch: int | None = None,
+    unroll: int | bool = 1,
+    loss: LossFn = losses.cross_entropy,
+    score: LossFn = losses.accuracy,
 ) -> Learner:
     """Plain supervised learning: the baseline without meta-learning.
 
@@ -214,25 +324,27 @@ def fine_tune(
 
     Args:
       model: a Flax module, see `metaal_jax.models`.
-      optimizer: any Optax transformation.
+      optimizer: any Optax transformation of gradients alone.
       steps: full-batch steps on the labelled rows.
-      unroll, options: of the inner loop, see `gradient_steps`.
+      adapted, head, temperature, decay, proximal, statistics, minibatch, microbatch, unroll, loss, score: see
+        `gradient_steps`.
 
     Returns:
       A `Learner` whose meta-parameters are the model's variables.
 
     Raises:
-      ValueError: see `gradient_steps`; for learned hyperparameters, which pre-training never sees.
+      ValueError: see `gradient_steps`.
     """
-    adaptation = gradient_steps(model, optimizer=optimizer, steps=steps, unroll=unroll, **options)
-    if adaptation.learns:
-        raise ValueError(f"fine_tune: pre-training takes no inner step and cannot learn {adaptation.learns[0]}")
-    base = through(adaptation)
-    judge = judge_of(model)
+    adaptation = gradient_steps(
+        model, optimizer=optimizer, steps=steps, adapted=adapted, head=head, temperature=temperature, decay=decay,
+        proximal=proximal, statistics=statistics, minibatch=minibatch, microbatch=microbatch, unroll=unroll, loss=loss,
+        score=score,
+    )  # fmt: skip
+    judge = judge_of(model, loss, score)
 
     def meta_grad(key: Array, meta: PyTree, task: Task, /, *, step: Array) -> tuple[PyTree, Metrics]:
         del key, step
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), task.support, task.query)
-        return jax.grad(lambda params: judge(params, both), has_aux=True)(meta)
+        rows = all_rows(task)
+        return jax.grad(lambda params: judge(params, rows), has_aux=True)(meta)
 
-    return base._replace(meta_grad=meta_grad)
+    return through(adaptation)._replace(meta_grad=meta_grad)

@@ -78,8 +78,8 @@ def annealed(steps: int, over: int) -> Callable[[Array], Array]:
 
     Reference: Antoniou, Edwards, Storkey: How to Train Your MAML, 2019.
     """
-    require(steps >= 1, f"annealed: steps must be at least 1, got {steps}")
-    require(over >= 1, f"annealed: over must be at least 1, got {over}")
+    require(steps >= 1, f"annealed: steps must be a positive integer, got {steps}")
+    require(over >= 1, f"annealed: over must be a positive integer, got {over}")
 
     def weights(step: Array) -> Array:
         equal = jnp.maximum(1.0 - step / over, 0.0) / steps
@@ -149,7 +149,7 @@ def implicit(adaptation: Adaptation, *, solver_steps: int, damping: float | Arra
 
     Reference: Rajeswaran, Finn, Kakade, Levine: Meta-Learning with Implicit Gradients, 2019.
     """
-    require(solver_steps >= 1, f"implicit: solver_steps must be at least 1, got {solver_steps}")
+    require(solver_steps >= 1, f"implicit: solver_steps must be a positive integer, got {solver_steps}")
     require(damping >= 0, f"implicit: damping must be >= 0, got {damping}")
     objective = adaptation.objective
     if objective is None or adaptation.steps == 0:

@@ -6,14 +6,15 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.scipy.sparse.linalg import cg
 from jax.scipy.special import xlogy
 
-from metaal_jax.base import Batch, Learner, PyTree, require, rows_of, take
-from metaal_jax.losses import consensus
+from metaal_jax.base import Batch, Learner, PyTree, is_classes, require, rows_of, take
+from metaal_jax.learners.adaptation import cleared
+from metaal_jax.losses import class_targets, clear_padding, consensus
 from metaal_jax.rows import nearest_neighbours, place_in_group, predict_pool, row_noise
 
 Choice = Literal["certain", "random"]
+TOLERANCE = 1e-4  # relative residual of each entry, as a share of 1 - alpha, at which propagation stops
 # (params, batch, unlabelled, known bool [n]) -> (what speaks for each class [n, c], certainty [n] from 0 to 1)
 Guess = Callable[[PyTree, Batch, PyTree, Array], tuple[Array, Array]]
 
@@ -51,7 +52,7 @@ def pseudo_labels(
       A `Learner` with the base learner's `init`, `predict` and `meta_grad`.
 
     Raises:
-      ValueError: for numbers out of range or an unknown `choose`.
+      ValueError: for numbers out of range or an unknown `choose`; from `adapt` for labels that are no classes.
 
     Reference: Lee: Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method for Deep Neural Networks,
     2013; Li, Sun, Liu, Zhou, Zheng, Chua, Schiele: Learning to Self-Train for Semi-Supervised Few-Shot Classification,
@@ -62,7 +63,7 @@ def pseudo_labels(
     def guess(params: PyTree, batch: Batch, unlabelled: PyTree, known: Array) -> tuple[Array, Array]:
         del known
         probs = jnp.exp(consensus(predict_pool(learner, params, unlabelled, chunk=chunk).logits))
-        probs = jnp.where(_one_hot(batch, probs.shape[-1]).sum(0) > 0, probs, 0.0)
+        probs = jnp.where(_mass("pseudo_labels", batch, probs.shape[-1]).sum(0) > 0, probs, 0.0)
         return probs, probs.max(-1)
 
     return _with_guesses(
@@ -76,13 +77,13 @@ def label_propagation(
     rows: int | None,
     neighbours: int = 10,
     alpha: float | Array = 0.97,
-    steps: int = 20,
+    steps: int = 1000,
     rounds: int = 1,
     strength: float | Array = 1.0,
     choose: Choice = "random",
     chunk: int | None = None,
 ) -> Learner:
-    """Labels spread over the pool along a graph of nearest neighbours and are then learned.
+    """Spreads labels over the pool along a graph of nearest neighbours, then learns from them.
 
     `adapt` adapts to the labelled rows and embeds them and the pool. Row `i` of this graph is linked to its nearest
     `neighbours` with the weights `exp(-d_ij^2 / s_i^2)`, `s_i` the distance to the last of them, so that neither the
@@ -98,9 +99,10 @@ def label_propagation(
     Both wrappers keep to the following:
 
     * `unlabelled=None` and a batch without labels give the base learner's own answer.
-    * Pool rows whose input equals a labelled row's get no pseudo-label: their label is known. Nor do rows of zeros:
-      nothing tells `adapt` which rows of `unlabelled` are padding, and most padding is zeros. Other padding is taken
-      for real rows.
+    * Pool rows whose input equals a labelled row's get no pseudo-label: their label is known. Nor do rows of zeros and
+      rows with NaN or infinities: nothing tells `adapt` which rows of `unlabelled` are padding, and these hardly are
+      anything else. Other padding is taken for real rows.
+    * Labels are classes or class probabilities `[n, c]`, which is what is guessed; targets are refused.
     * Pseudo-labels are constants: derivatives of the adapted parameters pass through the last adaptation only.
     * `meta_grad` is the base learner's own, which looks at no pool: the wrappers are for using a meta-trained learner.
     * A committee inside the wrapper learns from the members' consensus, its embeddings stand side by side; a wrapped
@@ -114,7 +116,7 @@ def label_propagation(
         evenly over the classes, as long as each has rows left.
       neighbours: of each row.
       alpha: how far labels spread, between 0 and 1; may be traced.
-      steps: most steps of conjugate gradients, which need more the nearer `alpha` is to 1.
+      steps: most steps of the solver, a safeguard: it stops by itself, see `propagate`.
       rounds: how often rows are embedded, propagated and adapted to; more than one is of use where adapting changes
         the embedding.
       strength: factor on the pseudo-labelled rows' weights, at least 0; may be traced.
@@ -126,7 +128,7 @@ def label_propagation(
       A `Learner` with the base learner's `init`, `predict` and `meta_grad`.
 
     Raises:
-      ValueError: for numbers out of range or an unknown `choose`.
+      ValueError: for numbers out of range or an unknown `choose`; from `adapt` for labels that are no classes.
 
     Reference: Zhou, Bousquet, Lal, Weston, Schölkopf: Learning with Local and Global Consistency, 2004; Iscen, Tolias,
     Avrithis, Chum: Label Propagation for Deep Semi-supervised Learning, 2019; Zelnik-Manor, Perona: Self-Tuning
@@ -134,13 +136,13 @@ def label_propagation(
     """
     require((alpha > 0) & (alpha < 1), f"label_propagation: alpha must be between 0 and 1, got {alpha}")
     for name, value in (("neighbours", neighbours), ("steps", steps)):
-        require(value >= 1, f"label_propagation: {name} must be at least 1, got {value}")
+        require(value >= 1, f"label_propagation: {name} must be a positive integer, got {value}")
 
     def guess(params: PyTree, batch: Batch, unlabelled: PyTree, known: Array) -> tuple[Array, Array]:
         own, pool = learner.predict(params, batch.x), predict_pool(learner, params, unlabelled, chunk=chunk)
         embedding = jnp.concatenate([own.embedding, pool.embedding], axis=1)
         embedding = embedding.swapaxes(0, 1).reshape(embedding.shape[1], -1)
-        labels = _one_hot(batch, own.logits.shape[-1])
+        labels = _mass("label_propagation", batch, own.logits.shape[-1])
         labels = jnp.pad(labels, [(0, known.shape[0]), (0, 0)])
         present = jnp.concatenate([batch.weight > 0, ~known])
         spread = propagate(embedding, present, labels, neighbours=neighbours, alpha=alpha, steps=steps)
@@ -160,16 +162,24 @@ def propagate(
 ) -> Array:
     """Spreads labels along the graph of nearest neighbours; see `label_propagation` for the formula.
 
+    The system is solved by Chebyshev's semi-iteration, which needs no more than the bounds `1 - alpha` and `1 + alpha`
+    of its eigenvalues. Labels fade exponentially along the graph, and a class is a comparison of what has faded, so it
+    goes on until the residual of every entry is small against that entry, not against the largest one. The error of an
+    entry is then rounding of its own size, as all operations are sums over neighbours.
+
     Args:
       embedding: `[n, d]`.
       present: bool `[n]`, False for rows that are not in the graph.
       labels: `[n, c]`, one-hot labels times weights, 0 for unlabelled rows.
       neighbours: of each row; fewer where there are fewer rows.
       alpha: between 0 and 1.
-      steps: most steps of conjugate gradients.
+      steps: most steps of the solver. It needs about `log(1 / tolerance) / sqrt(2 (1 - alpha))`, and as many as the
+        longest way from a label: a hundred for `alpha = 0.97`.
 
     Returns:
       `F`, float32 `[n, c]`, not negative; 0 for rows that no label reaches.
+
+    Reference: Golub, Varga: Chebyshev Semi-iterative Methods, 1961.
     """
     mean = jnp.where(present[:, None], embedding, 0.0).sum(0) / jnp.maximum(present.sum(), 1)
     # Without their mean, distances lose less to rounding.
@@ -192,8 +202,21 @@ def propagate(
     root = jnp.where(degree > 0, lax.rsqrt(jnp.where(degree > 0, degree, 1.0)), 0.0)
     mass = labels.sum(0)
     target = labels / jnp.where(mass > 0, mass, 1.0)
-    spread, _ = cg(lambda values: values - alpha * root * along_links(root * values), target, tol=1e-6, maxiter=steps)
-    return jnp.maximum(spread, 0.0)
+
+    def unsettled(carry: tuple[Array, Array, Array, Array, Array]) -> Array:
+        spread, residual, change, _, step = carry
+        return (step < steps) & (jnp.abs(residual) > TOLERANCE * (1 - alpha) * jnp.abs(spread + change)).any()
+
+    def improve(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
+        spread, residual, change, share, step = carry
+        spread, residual = spread + change, residual - change + alpha * root * along_links(root * change)
+        following = 1.0 / (2.0 / alpha - share)
+        change = following * share * change + 2.0 * following / alpha * residual
+        return spread, residual, change, following, step + 1
+
+    begin = (jnp.zeros_like(target), target, target, jnp.asarray(alpha, target.dtype), jnp.zeros((), jnp.int32))
+    spread, _, change, _, _ = lax.while_loop(unsettled, improve, begin)
+    return jnp.maximum(spread + change, 0.0)
 
 
 def _with_guesses(
@@ -208,19 +231,22 @@ def _with_guesses(
     choose: Choice,
 ) -> Learner:
     """The learner that adapts to the labelled rows and to what `guess` thinks of the others."""
-    require(rows is None or rows >= 1, f"{name}: rows must be at least 1 or None, got {rows}")
-    require(rounds >= 1, f"{name}: rounds must be at least 1, got {rounds}")
+    require(rows is None or rows >= 1, f"{name}: rows must be a positive integer or None, got {rows}")
+    require(rounds >= 1, f"{name}: rounds must be a positive integer, got {rounds}")
     require(strength >= 0, f"{name}: strength must be at least 0, got {strength}")
     if choose not in ("certain", "random"):
         raise ValueError(f"{name}: choose must be 'certain' or 'random', got {choose!r}")
 
     def adapt(key: Array, meta: PyTree, batch: Batch, /, *, unlabelled: PyTree = None, start: PyTree = None) -> PyTree:
+        batch = cleared(batch)
+
         def fit(batch: Batch) -> PyTree:
             return learner.adapt(key, meta, batch, unlabelled=unlabelled, start=start)
 
-        params = fit(batch)
         if unlabelled is None:
-            return params
+            return fit(batch)
+        unlabelled = clear_padding(unlabelled, jnp.zeros(rows_of(unlabelled)))
+        params = fit(batch)
         known = _known(batch, unlabelled)
         # The base learner gets the key itself; this number is none that it would split or fold off.
         noise = row_noise(jax.random.fold_in(key, 0x50534C42), jnp.arange(known.shape[0]))
@@ -228,6 +254,8 @@ def _with_guesses(
             speaks, certainty = guess(*lax.stop_gradient((params, batch, unlabelled)), known)
             weight = jnp.where((certainty > threshold) & ~known, strength * certainty, 0.0)
             extra = _examples(unlabelled, speaks, weight, noise, rows=rows, choose=choose)
+            if not is_classes(batch.y):
+                extra = extra._replace(y=jax.nn.one_hot(extra.y, batch.y.shape[1], dtype=batch.y.dtype))
             # Labelled rows last: noise that belongs to positions then knows nothing of padding behind them.
             params = fit(jax.tree.map(lambda *parts: jnp.concatenate(parts), extra, batch))
         return params
@@ -247,8 +275,10 @@ def _examples(x: PyTree, speaks: Array, weight: Array, noise: Array, *, rows: in
     return take(everything, jnp.lexsort((noise, place, weight == 0))[:rows])
 
 
-def _one_hot(batch: Batch, classes: int) -> Array:
-    return jax.nn.one_hot(batch.y, classes) * batch.weight[:, None]
+def _mass(name: str, batch: Batch, classes: int) -> Array:
+    """What the labels say of each class times the rows' weights, `[n, c]`."""
+    target, weight = class_targets(name, batch.y, batch.weight, classes)
+    return target * weight[:, None]
 
 
 def _known(batch: Batch, unlabelled: PyTree) -> Array:

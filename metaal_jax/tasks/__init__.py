@@ -5,6 +5,7 @@ from metaal_jax.tasks.composed import composed_problems
 from metaal_jax.tasks.few_shot import few_shot, growing, minibatches, mixture
 from metaal_jax.tasks.problems import ProblemData, extend, problem, problems
 from metaal_jax.tasks.shapes import shape_exemplars
+from metaal_jax.tasks.sinusoids import sinusoids
 
 __all__ = [
     "ClassData",
@@ -19,5 +20,6 @@ __all__ = [
     "problem",
     "problems",
     "shape_exemplars",
+    "sinusoids",
     "split_classes",
 ]
