@@ -1,10 +1,11 @@
 """Samplers, `(key, data) -> Task | Problem`, that draw from arrays on the device; and what prepares those arrays."""
 
-from metaal_jax.tasks.class_data import ClassData, class_data, split_classes
+from metaal_jax.tasks.class_data import ClassData, class_data
 from metaal_jax.tasks.composed import composed_problems
 from metaal_jax.tasks.few_shot import few_shot, growing, minibatches, mixture
 from metaal_jax.tasks.problems import ProblemData, problem, problems
 from metaal_jax.tasks.shapes import shape_exemplars
+from metaal_jax.tasks.splits import split, split_classes
 
 __all__ = [
     "ClassData",
@@ -18,5 +19,6 @@ __all__ = [
     "problem",
     "problems",
     "shape_exemplars",
+    "split",
     "split_classes",
 ]
