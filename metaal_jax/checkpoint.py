@@ -35,8 +35,9 @@ class CheckpointError(ValueError):
 def save(path: str | os.PathLike[str], tree: PyTree, *, config: Any = None) -> None:
     """Saves a pytree of arrays to the folder `path`, replacing the checkpoint that is there once the new one is whole.
 
-    Whatever moment the program is killed at, `restore` finds either the old checkpoint or the new one. Typed keys of
-    any generator, Python numbers and arrays without rows are saved too, so that a whole `ActiveState` can be.
+    Whenever the program is killed, `restore` finds either the old checkpoint or the new one. Typed keys of any
+    generator, Python numbers and arrays without rows are saved too, as an `ActiveState` needs. One program at a time
+    may save to a path.
 
     Args:
       path: the folder: a new one, an empty one, or an earlier checkpoint.
@@ -61,8 +62,8 @@ def save(path: str | os.PathLike[str], tree: PyTree, *, config: Any = None) -> N
         if shutil.disk_usage(target.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _write(work / "new", arrays)
-        contents = {"form": _FORM, "config": given, "leaves": {name: _form(leaf) for name, leaf in arrays.items()},
-                    "keys": keys, "files": _checksums(work / "new")}  # fmt: skip
+        forms = {name: _form(leaf) for name, leaf in arrays.items()}
+        contents = {"form": _FORM, "config": given, "leaves": forms, "keys": keys, "files": _checksums(work / "new")}
         contents["check"] = _check(contents)
         with open(work / "new" / _CONTENTS, "w") as file:
             file.write(json.dumps(contents, indent=1) + "\n")
@@ -104,10 +105,9 @@ def restore(path: str | os.PathLike[str], like: PyTree) -> Any:
     contents = _contents(folder)
     leaves = dict(_named(like))
     wanted = {name: _form(_data_of(leaf)) for name, leaf in leaves.items()}
-    if contents is None:  # Orbax wrote it alone
-        held: dict[str, str] | None = None
-        keys, form = {}, 1
-    else:
+    held: dict[str, str] = wanted
+    keys, form = {}, 1
+    if contents is not None:  # else Orbax wrote it alone
         held, keys, form = contents["leaves"], contents.get("keys", {}), contents.get("form", 1)
         _check_files(folder, contents["files"])
         described = {name: _described(held[name], keys.get(name)) for name in held}
@@ -122,7 +122,7 @@ def restore(path: str | os.PathLike[str], like: PyTree) -> Any:
                 "compute it again, or give another folder"
             )
     try:
-        found = _read(folder, held or wanted) if form == _FORM else dict(_named(_read_tree(folder, like)))
+        found = _read(folder, held) if form == _FORM else dict(_named(_read_tree(folder, like)))
         back = [
             jax.random.wrap_key_data(jnp.asarray(found[name]), impl=keys.get(name)) if _is_key(leaf) else found[name]
             for name, leaf in leaves.items()
@@ -207,17 +207,14 @@ def _find(path: str | os.PathLike[str]) -> Path:
     target = _place(path)
     if target.is_dir():
         return target
-    for folder in (_work(target) / "new", _work(target) / "old"):
-        # `new` is whole once it has its list, which is written last; `old` was whole when it was moved there.
-        if not target.exists() and folder.is_dir() and (folder.name == "old" or _whole(folder)):
-            return folder
+    new, old = _work(target) / "new", _work(target) / "old"
+    if not target.exists():
+        with contextlib.suppress(CheckpointError):  # `new` is whole once it has its list, which is written last
+            if _contents(new) is not None:
+                return new
+        if old.is_dir():  # it was whole when it was moved there
+            return old
     raise CheckpointError(f"no checkpoint at {target}; give the folder that a run wrote, or train again")
-
-
-def _whole(folder: Path) -> bool:
-    with contextlib.suppress(CheckpointError):
-        return _contents(folder) is not None
-    return False
 
 
 def _check_ours(target: Path, work: Path) -> None:
@@ -233,10 +230,8 @@ def _check_ours(target: Path, work: Path) -> None:
         else:  # none, or one that is torn
             other = set() if held & set(_ORBAX) else held
         if other:
-            raise CheckpointError(
-                f"the folder {target} holds other things than a checkpoint ({sorted(other)[0]}); "
-                "move them away, or give another folder"
-            )
+            found = f"holds other things than a checkpoint ({sorted(other)[0]})"
+            raise CheckpointError(f"the folder {target} {found}; move them away, or give another folder")
     elif target.exists():
         raise CheckpointError(f"{target} is a file, not the folder of a checkpoint; give another path")
     if work.exists() and any(file.name.split(".")[0] not in ("new", "old") for file in work.iterdir()):
@@ -316,9 +311,7 @@ def _check_files(folder: Path, files: dict[str, str]) -> None:
     try:
         found = _checksums(folder)
     except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint {folder} cannot be read ({_one_line(error)}); give another folder"
-        ) from error
+        raise CheckpointError(f"the checkpoint {folder} cannot be read ({_one_line(error)})") from error
     torn = sorted(name for name in files.keys() | found.keys() if files.get(name) != found.get(name))
     if torn:
         raise CheckpointError(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -346,6 +347,11 @@ def test_prepare_says_that_it_needs_tensorflow(tmp_path, monkeypatch, capsys, ti
     assert str(tiny[0] / "tiny_shapes" / "1.0.0") in capsys.readouterr().out
 
 
+# A picture of 60,000 x 60,000 pixels, as its head says.
+HEAD = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00"
+BOMB = b"\x89PNG\r\n\x1a\n\x00\x00\x00\r" + HEAD + zlib.crc32(HEAD).to_bytes(4, "big")
+
+
 @pytest.mark.parametrize(
     ("change", "split", "said"),
     [
@@ -354,6 +360,7 @@ def test_prepare_says_that_it_needs_tensorflow(tmp_path, monkeypatch, capsys, ti
         ({}, "train[3:3]", ["'train[3:3]'", "empty", "at least one row"]),
         ({"y": np.arange(ROWS) - 1}, "train", ["label -1", "row 0", "0 to 2"]),
         ({"y": np.arange(ROWS)}, "train", ["label 3", "row 3", "0 to 2"]),
+        ({"raw": [BOMB] * ROWS}, "train", ["row 0", "cannot be decoded"]),
         ({"shape": (None, None, 3)}, "train", ["(None, None, 3)", "image_shape=(64, 64, 3)"]),
         ({"shape": (12, 10, 3)}, "train", ["row 0", "12x12", "12x10", "image_shape"]),
         ({"raw": [b"no picture"] * ROWS}, "train", ["row 0", "cannot be decoded", "prepare it again"]),
@@ -551,6 +558,13 @@ def test_bad_streams_are_refused_at_the_call(arguments, said):
     check_message(raised.value, said)
     with pytest.raises(DataError, match="size must be a positive integer, got 0"):
         prefetch([], size=0)
+
+
+def test_a_stream_names_the_row_of_the_set(tmp_path, shapes):
+    """And not its place in the batch."""
+    write_tfds(tmp_path, x=shapes[0], y=np.where(np.arange(ROWS) == 17, 7, 1))
+    with pytest.raises(DataError, match="label 7 in row 17 "):
+        list(stream("tiny_shapes", "train", batch_size=5, data_dir=tmp_path))
 
 
 def ours():

@@ -52,13 +52,16 @@ class Source(NamedTuple):
     cache_folders: tuple[Path, ...] = ()
 
 
-def check_labels(y: Any, *, classes: int | None = None, name: str = "the data") -> np.ndarray:
+def check_labels(
+    y: Any, *, classes: int | None = None, name: str = "the data", rows: np.ndarray | None = None
+) -> np.ndarray:
     """Checks labels and returns them as int32.
 
     Args:
       y: integers [n], at least one.
       classes: the number of classes, or None where any label from 0 is right.
       name: what the message calls the data.
+      rows: [n] the row numbers that the message gives; None for 0, 1, ...
 
     Returns:
       y as int32 [n].
@@ -87,8 +90,8 @@ def check_labels(y: Any, *, classes: int | None = None, name: str = "the data") 
     bad = np.flatnonzero((y < 0) | (y >= limit))
     if len(bad):
         raise DataError(
-            f"{name}: labels must lie in 0 to {limit - 1}, got label {y[bad[0]]} in row {bad[0]} ({len(bad)} such "
-            "rows); renumber the labels or drop those rows"
+            f"{name}: labels must lie in 0 to {limit - 1}, got label {y[bad[0]]} in row "
+            f"{bad[0] if rows is None else rows[bad[0]]} ({len(bad)} such rows); renumber the labels or drop those rows"
         )
     return y.astype(np.int32, copy=False)
 

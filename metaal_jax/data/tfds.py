@@ -160,7 +160,10 @@ def _pixels(encoded: bytes, shape: tuple[int, int, int], *, converted: bool, wha
                     "give image_shape to bring all images to one size"
                 )
             return convert_image(image, shape)
-    except (OSError, SyntaxError) as error:  # what Pillow raises for damaged pictures
+    # What Pillow raises for damaged pictures, and for those that are too large to be one.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{what} cannot be decoded ({error}); delete the prepared set and prepare it again") from error
 
 
@@ -235,7 +238,7 @@ def open_tfds(
                 what=f"{name!r}, split {split!r}: the image in row {numbers[place]}",
             )
         labels = [int(example[label_key]) for example in examples]
-        y = check_labels(np.asarray(labels), classes=classes, name=f"{name!r}, split {split!r}")
+        y = check_labels(np.asarray(labels), classes=classes, name=f"{name!r}, split {split!r}", rows=numbers)
         return (255 - x if invert else x), y
 
     full_name = builder.info.full_name
