@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from sklearn.model_selection import StratifiedGroupKFold
 
 from metaal_jax import tasks
 
@@ -71,6 +72,27 @@ def test_groups_beside_a_rest_that_nobody_asked_for():
     assert not set(groups[pool]) & set(groups[test])
 
 
+def test_a_group_that_no_part_takes_can_be_left_over():
+    groups = np.repeat(np.arange(8), [40, 5, 5, 5, 5, 5, 5, 5])
+    for seed in range(5):
+        parts = tasks.split(75, (20, 10), groups=groups, seed=seed)
+        assert [len(part) for part in parts] == [20, 10]
+        assert not (groups[np.concatenate(parts)] == 0).any()
+
+
+def test_classes_are_spread_at_least_as_evenly_as_by_scikit_learn():
+    rng = np.random.default_rng(1)
+    groups = np.repeat(np.arange(60), rng.integers(1, 12, 60))
+    y = rng.choice(4, len(groups), p=[0.4, 0.3, 0.2, 0.1])
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(y, y, groups)
+
+    def unevenness(parts):
+        return max(abs(np.bincount(y[part], minlength=4) - np.bincount(y, minlength=4) / 5).max() for part in parts)
+
+    parts = tasks.split(len(y), (0.2,) * 5, groups=groups, y=y)
+    assert unevenness(parts) <= unevenness([test for _, test in folds])
+
+
 def test_a_few_groups_of_very_different_sizes():
     """They fit in three ways; to find one is more than moves and changes of places promise, to be off by one is not."""
     groups = np.repeat(np.arange(6), [9, 7, 6, 4, 3, 1])
@@ -99,7 +121,7 @@ WRONG = {
     "groups must be integers or strings, got float64": lambda: tasks.split(2, (1,), groups=[1.0, np.nan]),
     r"y must be \[3\], one for each row": lambda: tasks.split(3, (1,), y=[[1], [2], [3]]),
     "y must be integers or strings, got float64": lambda: tasks.split(2, (1,), y=[0.5, 1.5]),
-    "group 4 has 6 rows, and the largest part takes 5": lambda: tasks.split(10, (0.5, 0.5), groups=GROUPS),
+    "group 4 has 6 rows, and the largest part takes 3": lambda: tasks.split(10, (0.3, 0.3, 0.3), groups=GROUPS),
     "3 groups cannot make 4 parts": lambda: tasks.split(10, (6, 1, 1, 1), groups=GROUPS),
     "no group fits part 1 of 1 rows, the smallest group has 10": lambda: tasks.split(
         20, (19, 1), groups=np.repeat([0, 1], 10)

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_PASSES = 20  # over all groups, to even out what the first assignment left; two or three are usual
+# After the first assignment groups move or change places: passes over all of them, or over some where there are many.
+_PASSES, _MOST = 20, 3000
+_PARTNERS = 300  # groups that one is tried to change places with
 
 
 def split_classes(classes: int, shares: Sequence[int], *, seed: int = 0) -> list[np.ndarray]:
@@ -46,7 +48,8 @@ def split(
 
     Rows of one patient, speaker or page are alike, and a model that is tested on a patient that it has seen looks
     better than it is. Name the `groups`, and no two parts share one. Sizes are then met as closely as whole groups
-    allow: groups go in random order where they are wanted most, then move or change places as long as this brings the
+    allow: groups go in random order where they are wanted most, though never into a part that is nearer its size
+    without them, then move or change places as long as this brings the
     parts closer to their sizes and, with `y`, to the shares of the classes in the whole set.
 
     Without groups the sizes are exact, and with `y` every part has each class's share of rows but for rounding.
@@ -63,8 +66,8 @@ def split(
       Row numbers in rising order, int64 `[size]` for each part.
 
     Raises:
-      ValueError: for sizes or shares out of range, as many groups or labels as there are not rows, a group larger than
-        the largest part, or fewer groups than parts.
+      ValueError: for sizes or shares out of range, as many groups or labels as there are not rows, a group that is at
+        least twice as large as every part and as what they leave over, or fewer groups than parts.
 
     Reference: Sechidis, Tsoumakas, Vlahavas: On the Stratification of Multi-Label Data, 2011 (the idea of giving each
     example to the part that lacks most).
@@ -93,13 +96,13 @@ def split(
     np.add.at(counts, (group, classes), 1)
     if len(counts) < len(sizes):
         raise ValueError(f"split: {len(counts)} groups cannot make {len(sizes)} parts; ask for fewer parts")
+    rest = rows - sum(sizes)
     largest = int(counts.sum(1).argmax())
-    if counts[largest].sum() > max(sizes):
+    if counts[largest].sum() >= 2 * max(*sizes, rest):
         raise ValueError(
             f"split: group {np.asarray(groups)[group == largest][0]!s} has {counts[largest].sum()} rows, and the "
             f"largest part takes {max(sizes)}; ask for larger parts, or divide the group"
         )
-    rest = rows - sum(sizes)
     part = _assigned(counts, np.asarray([*sizes, rest] if rest else sizes), rng)
     for number in range(len(sizes)):
         if not (part == number).any():
@@ -122,6 +125,8 @@ def _assigned(counts: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -
     content = np.column_stack([counts, counts.sum(1)]).astype(float)
     wanted = sizes[:, None] * np.append(frequent, rows) / rows
     weight = np.append(1.0 / (frequent * len(frequent)), 1.0 / rows)
+    # A part of half the size of a group, or smaller, is nearer its size when it is empty.
+    fits = counts.sum(1)[:, None] < 2 * sizes
     has = np.zeros_like(wanted)
     part = np.full(len(counts), -1)
 
@@ -130,29 +135,33 @@ def _assigned(counts: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -
 
     for one in rng.permutation(len(counts)):
         left = has - wanted
-        part[one] = (cost(left + content[one]) - cost(left)).argmin()
+        part[one] = np.where(fits[one], cost(left + content[one]) - cost(left), np.inf).argmin()
         has[part[one]] += content[one]
-    for _ in range(_PASSES):
+    many = len(counts) > _PARTNERS
+    for _ in range(1 if len(counts) > _MOST else _PASSES):
         moved = False
-        for one in rng.permutation(len(counts)):
+        for one in rng.permutation(len(counts))[:_MOST]:
             mine, left = part[one], has - wanted
             gain = cost(left + content[one]) - cost(left) + cost(left[mine] - content[one]) - cost(left[mine])
+            gain = np.where(fits[one], gain, np.inf)
             gain[mine] = 0.0
             # Or it changes places with a group of another part.
-            step = content - content[one]
-            swap = cost(left[mine] + step) - cost(left[mine]) + cost(left[part] - step) - cost(left[part])
-            swap[part == mine] = 0.0
-            other = int(swap.argmin())
-            if min(gain.min(), swap[other]) > -1e-9 * cost(wanted).max():
+            partner = rng.integers(0, len(counts), _PARTNERS) if many else np.arange(len(counts))
+            step, there = content[partner] - content[one], part[partner]
+            swap = cost(left[mine] + step) - cost(left[mine]) + cost(left[there] - step) - cost(left[there])
+            swap[(there == mine) | ~fits[one, there] | ~fits[partner, mine]] = 0.0
+            best = int(swap.argmin())
+            if min(gain.min(), swap[best]) > -1e-9 * cost(wanted).max():
                 continue
             moved = True
-            if gain.min() <= swap[other]:
+            if gain.min() <= swap[best]:
                 has[mine] -= content[one]
                 part[one] = int(gain.argmin())
                 has[part[one]] += content[one]
             else:
-                has[mine] += step[other]
-                has[part[other]] -= step[other]
+                other = int(partner[best])
+                has[mine] += step[best]
+                has[part[other]] -= step[best]
                 part[one], part[other] = part[other], mine
         if not moved:
             break
