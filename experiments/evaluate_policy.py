@@ -225,6 +225,7 @@ def compare(
 
         rules = [name for name in names if name not in trained and name != "oracle"]
         corrected = holm({name: paired_p(area[trained[0]] - area[name]) for name in rules})
+        corrected = {name: float(f"{p:.3g}") for name, p in corrected.items()}
         lines = []
         for name in sorted(names, key=lambda name: -area[name].mean()):
             add(name, "area", config.budget, area[name])
@@ -246,10 +247,11 @@ def compare(
                              "median": finite(needed[goal])})  # fmt: skip
             share = ""
             if all(bound in area for bound in BOUNDS):
-                gain = (area[name] - area["random"]).mean() / (area["oracle"] - area["random"]).mean()
+                most = (area["oracle"] - area["random"]).mean()
+                gain = (area[name] - area["random"]).mean() / most if most else np.nan  # nothing to gain has no shares
                 rows.append({"strategy": name, **where, "metric": "share_of_oracle", "labels": config.budget,
-                             "mean": round(float(gain), 4)})  # fmt: skip
-                share = f"{gain:.2f}"
+                             "mean": finite(round(float(gain), 4))})  # fmt: skip
+                share = f"{gain:.2f}" if most else ""
             against = ""
             if name not in trained:
                 both = area[trained[0]] - area[name]

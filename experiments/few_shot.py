@@ -376,7 +376,7 @@ def job(config: Config) -> None:
 def started(path: str, state: Any) -> Any:
     """The outer loop's fresh state with another run's body."""
     folder = Path(path)
-    folder = folder / "meta_parameters" if (folder / "meta_parameters").is_dir() else folder
+    folder = folder / "meta_parameters" if checkpoint.exists(folder / "meta_parameters") else folder
     try:
         return state._replace(meta=learners.transfer(jax.device_put(checkpoint.load(folder)), state.meta))
     except ValueError as error:

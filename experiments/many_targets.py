@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from scipy.stats import rankdata
 from tqdm import tqdm
 
 import meta_active
@@ -38,7 +37,7 @@ from metaal_jax import data, tasks
 from metaal_jax.base import Problem
 from metaal_jax.data.local import SPLITS
 from metaal_jax.metrics import interval
-from paired import numbers, shown
+from paired import numbers, ranked, shown
 from registry import STRATEGIES, strategy_names
 from report import write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main
@@ -216,7 +215,7 @@ def job(config: Config) -> None:
 def ranks_of(area: dict, names: list[str], compared: list[str]) -> dict[str, np.ndarray]:
     """Mean rank over the targets by area, 1 the best, for each seed."""
     values = np.asarray([[area[target, name] for name in compared] for target in names])
-    return dict(zip(compared, rankdata(-values, axis=1).mean(0), strict=True))
+    return dict(zip(compared, ranked(values).mean(0), strict=True))
 
 
 def over_targets(area: dict, names: list[str], strategy: str) -> np.ndarray:

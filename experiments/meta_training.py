@@ -120,7 +120,7 @@ def train_in_pieces(
       The last state and the records of all pieces.
     """
     step = f"meta-{name}" if name else "meta"
-    kept = [folder.done(f"{step}-{i:02d}") and piece_path(folder, i, name).is_dir() for i in range(pieces)]
+    kept = [folder.done(f"{step}-{i:02d}") and checkpoint.exists(piece_path(folder, i, name)) for i in range(pieces)]
     last = (kept.index(False) if False in kept else pieces) - 1
     if last >= 0:
         state = jax.device_put(checkpoint.restore(piece_path(folder, last, name), state))
@@ -183,7 +183,7 @@ def meta_restore(config: Any, setting: Any, meta_job: MetaJob, *, name: str = "m
       UsageError: where the folder has none for this learner, or is a run of another source, target or seed.
     """
     path = Path(config.meta_run)
-    if not (path / kept_name(name)).is_dir():
+    if not checkpoint.exists(path / kept_name(name)):
         raise UsageError(f"{path} holds no finished meta-training of {name}; run python experiments/meta_active.py "
                          f"--source {config.source} --target {config.target} --learners {name} first, or leave "
                          "--meta-run out")  # fmt: skip

@@ -32,30 +32,84 @@ def shown_plain(values: np.ndarray, digits: int = 3) -> str:
 
 
 def labels_to(labels: np.ndarray, accuracy: np.ndarray, target: float) -> np.ndarray:
-    """Labels `[rounds]` at which each curve `[seeds, rounds]` reaches a target first, infinity where it does not."""
+    """Labels `[rounds]` at which each curve `[seeds, rounds]` reaches a target first, infinity where it does not.
+
+    An accuracy that is NaN reaches nothing.
+
+    Raises:
+      ValueError: without seeds or rounds, for curves of another length than `labels`, or a target that is no share.
+    """
+    labels, accuracy = np.asarray(labels), np.asarray(accuracy)
+    if accuracy.ndim != 2 or not accuracy.size or labels.shape != accuracy.shape[1:]:
+        raise ValueError(
+            f"labels_to: accuracy must be [seeds, rounds] for labels [rounds], got the shapes {accuracy.shape} and "
+            f"{labels.shape}"
+        )
+    if not 0 <= target <= 1:
+        raise ValueError(f"labels_to: target must be an accuracy from 0 to 1, got {target}")
     reached = accuracy >= target
     return np.where(reached.any(1), labels[reached.argmax(1)].astype(float), np.inf)
 
 
 def finite(value: float) -> float | None:
-    """A number as JSON holds it, None for infinity."""
+    """A number as JSON holds it, None where it is infinite or NaN."""
     return float(value) if np.isfinite(value) else None
 
 
 def paired_p(difference: np.ndarray) -> float:
-    """Two-sided p-value of a paired t-test by its differences `[seeds]`; 1 where they are all alike."""
-    from scipy.stats import ttest_1samp
+    """Two-sided p-value of Student's t-test of paired values, by their differences `[seeds]`.
 
-    return float(ttest_1samp(difference, 0.0).pvalue) if len(difference) > 1 and np.ptp(difference) > 1e-9 else 1.0
+    The limits of the test where the differences do not vary: 0 where all are the same and not zero, which no chance
+    explains, and 1 where all are zero. A single pair tells nothing: 1.
+
+    >>> paired_p(np.asarray([0.1, 0.1, 0.1])), paired_p(np.zeros(3)), paired_p(np.asarray([0.1]))
+    (0.0, 1.0, 1.0)
+
+    Raises:
+      ValueError: without differences, or for one that is NaN or infinite: a seed that failed is no evidence.
+    """
+    from scipy import stats
+
+    difference = np.asarray(difference, np.float64)
+    if difference.ndim != 1 or not difference.size:
+        raise ValueError(f"paired_p: give one difference for each seed, got the shape {difference.shape}")
+    bad = np.flatnonzero(~np.isfinite(difference))
+    if len(bad):
+        raise ValueError(
+            f"paired_p: differences must be finite, got {difference[bad[0]]} in seed {bad[0]}; run that seed again, or "
+            "leave it out on both sides"
+        )
+    n = len(difference)
+    if n == 1 or not difference.any():
+        return 1.0
+    largest = abs(difference).max()
+    scaled = difference / largest  # of any unit: neither squares nor means leave the range of numbers
+    spread = scaled.std(ddof=1) / np.sqrt(n)
+    if np.ptp(scaled) == 0 or spread == 0:
+        return 0.0
+    return float(2 * stats.t.sf(abs(scaled.mean()) / spread, n - 1))
 
 
 def holm(p: Mapping[_Name, float]) -> dict[_Name, float]:
-    """P-values corrected by Holm's method for their number: what is below 0.05 holds with all others at 5 %.
+    """P-values corrected by Holm's method for their number: what is at most 0.05 holds with all others at 5 %.
+
+    Raises:
+      ValueError: for a value that is no probability.
 
     Reference: Holm: A Simple Sequentially Rejective Multiple Test Procedure, 1979.
     """
+    for name, value in p.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"holm: p-values must lie in 0 to 1, got {value} of {name}")
     found, largest = {}, 0.0
     for place, name in enumerate(sorted(p, key=lambda name: p[name])):
         largest = max(largest, min(1.0, p[name] * (len(p) - place)))
-        found[name] = float(f"{largest:.3g}")
+        found[name] = largest
     return found
+
+
+def ranked(values: np.ndarray) -> np.ndarray:
+    """Ranks along the second axis of `[cases, arms, ...]`, 1 for the largest; equal ones share theirs, NaN is last."""
+    from scipy.stats import rankdata
+
+    return rankdata(-np.where(np.isnan(values), -np.inf, values), axis=1)

@@ -3,6 +3,7 @@
 import json
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,9 @@ class Study:
         self.labels, self.curves, self.final = np.asarray(labels), curves, final
 
     def at(self, arm: tuple[str, str], metric: str, labels: int) -> np.ndarray:
-        """One value per seed at a number of labels."""
+        """One value per seed at a number of labels; raises a ValueError for one that the curves do not have."""
+        if labels not in self.labels:
+            raise ValueError(f"no curve has a point at {labels} labels, only at {self.labels.tolist()}")
         return self.curves[arm][metric][:, int(np.flatnonzero(self.labels == labels)[0])]
 
     def area(self, arm: tuple[str, str]) -> np.ndarray:
@@ -109,15 +112,27 @@ def result_rows(study: Study, *, source: str, target: str) -> list[dict]:
 
 
 def write_results(path: Path, *, command: str, environment: dict, seconds: float, config: dict, rows, paired) -> None:
-    """One small JSON file in the form shared by all results, one line a row."""
+    """One small JSON file in the form shared by all results, one line a row; `null` for what is not finite.
+
+    The interval of a single seed is infinite, and JSON has no word for that.
+    """
     head = {"command": command, "date": date.today().isoformat(), **environment, "seconds": round(seconds, 1),
             "config": config}  # fmt: skip
-    parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+    parts = [f"{json.dumps(name)}: {json.dumps(_plain(value), allow_nan=False)}" for name, value in head.items()]
     for name, values in (("rows", rows), ("paired", paired)):
-        body = ",\n  ".join(json.dumps(value) for value in values)
+        body = ",\n  ".join(json.dumps(_plain(value), allow_nan=False) for value in values)
         parts.append(f"{json.dumps(name)}: [\n  {body}\n ]")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("{" + ",\n ".join(parts) + "}\n")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON holds, with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return finite(value) if isinstance(value, float) else value
 
 
 def picture(study: Study, path: Path, title: str) -> None:

@@ -62,7 +62,9 @@ def side_by_side(function: Callable, shared: Any, tasks: Iterable[Any]):
 
         def wait_here(name: Any) -> Any:
             while not place(name).done():
-                function(shared, next(rest), lambda sent, value: place(sent).set_result(value))
+                if (task := next(rest, None)) is None:
+                    raise KeyError(f"no task sent {name!r}")
+                function(shared, task, lambda sent, value: place(sent).set_result(value))
             return place(name).result()
 
         yield wait_here

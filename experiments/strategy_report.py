@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaal_jax.metrics import Interval, interval
-from paired import holm, numbers, paired_p
+from paired import holm, numbers, paired_p, ranked
 from registry import find
 from report import Study, result_rows, write_results
 from runs import RunFolder, command, environment
@@ -64,14 +64,18 @@ class Table:
 
 def ranks(table: Table, most: int, embeddings: tuple[str, ...]) -> dict[str, Interval]:
     """Mean rank by area, 1 the best, of the strategies that all settings hold; its interval is over seeds."""
-    from scipy.stats import rankdata
-
-    settings = [s for s in table.settings() if s[0] in embeddings and s[2] > 1]
+    settings = judged(table, embeddings)
     shared = shared_strategies(table, settings, most)
     areas = np.asarray([[table.area(Cell(*s, name), most) for name in shared] for s in settings])
-    mean = rankdata(-areas, axis=1).mean(0)
+    mean = ranked(areas).mean(0)
     found = {name: interval(values) for name, values in zip(shared, mean, strict=True)}
     return dict(sorted(found.items(), key=lambda item: item[1].mean))
+
+
+def judged(table: Table, embeddings: tuple[str, ...] | None = None) -> list[tuple[str, str, int]]:
+    """The settings that ranks and wins are counted in: those of several rows a round, or all where there is none."""
+    settings = [s for s in table.settings() if embeddings is None or s[0] in embeddings]
+    return [s for s in settings if s[2] > 1] or settings
 
 
 def shared_strategies(table: Table, settings: list[tuple[str, str, int]], most: int) -> list[str]:
@@ -99,7 +103,7 @@ def wins(table: Table, most: int, setting: tuple[str, str, int]) -> tuple[list[s
 
 def win_counts(table: Table, most: int) -> tuple[list[str], np.ndarray, int]:
     """In how many settings the row's strategy beats the column's: int `[s, s]`, and the number of settings."""
-    settings = [s for s in table.settings() if s[2] > 1]
+    settings = judged(table)
     shared = shared_strategies(table, settings, most)
     total = np.zeros((len(shared), len(shared)), int)
     for setting in settings:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import sparse
 
 from metaal_jax import data
 from metaal_jax.data import DataError, check_arrays, convert_images, load, prefetch, stream
@@ -194,21 +196,36 @@ NAN = np.where(np.arange(8).reshape(4, 2) == 5, np.nan, 0.0)
         (IMAGES, LABELS - 1, None, ["label -1", "row 0", "renumber"]),
         (IMAGES, LABELS, 3, ["label 3", "row 3", "0 to 2"]),
         (IMAGES, LABELS.astype(np.uint64) + 2**40, None, [str(2**40), "renumber"]),
-        (IMAGES, LABELS + 0.5, None, ["float64", "np.unique"]),
-        (IMAGES, np.array(list("abcd")), None, ["<U1", "np.unique"]),
+        (IMAGES, LABELS + 0.5, None, ["float64", "row 0 holds 0.5", "np.unique"]),
+        (IMAGES, LABELS + 0.0, None, ["float64", "all of them whole", "np.unique"]),
+        (IMAGES, np.where(LABELS == 2, np.nan, LABELS), None, ["row 2 holds nan", "np.unique"]),
+        (IMAGES, LABELS > 1, None, ["bool", "np.unique"]),
+        (IMAGES, np.array(list("abcd")), None, ["<U1", "the first is", "'a'", "np.unique"]),
+        (IMAGES, np.array(["a", None, 3, 2.0], object), None, ["object", "the first is 'a'", "np.unique"]),
+        (IMAGES, LABELS + 10**6, None, ["label 1000003 in row 3", "1000004 classes of 4 rows", "np.unique"]),
+        (IMAGES, np.ma.masked_equal(LABELS, 1), None, ["y has 1 masked", "row 1"]),
+        (
+            np.ma.masked_equal(IMAGES + np.eye(5, dtype=np.uint8)[..., None], 1),
+            LABELS,
+            None,
+            ["x has 20 masked", "row 0, pixel (0, 0, 0)", "drop those rows"],
+        ),
+        (sparse.csr_array(np.eye(4)), LABELS, None, ["x is a sparse matrix", "x.toarray()"]),
+        (IMAGES, LABELS, 2.5, ["classes must be a positive integer", "got 2.5"]),
         (IMAGES, np.eye(4, dtype=int), None, ["(4, 4)", "argmax"]),
-        (IMAGES, LABELS, 0, ["classes=0", "1 or more"]),
+        (IMAGES, LABELS, 0, ["classes must be a positive integer", "got 0"]),
         (IMAGES, LABELS[:3], None, ["4 rows", "y has 3", "cut both"]),
         (IMAGES[:0], LABELS[:0], None, ["empty", "at least one row"]),
         (IMAGES[:, :0], LABELS, None, ["empty", "(4, 0, 5, 1)"]),
-        (NAN, LABELS, None, ["1 NaN or infinite", "row 2", "nan_to_num"]),
+        (NAN, LABELS, None, ["1 NaN or infinite", "the first in row 2, column 1", "nan_to_num"]),
+        (np.where(np.arange(100.0).reshape(4, 5, 5) == 57, np.nan, 0.0), LABELS, None, ["row 2, pixel (1, 2, 0)"]),
         (np.where(np.isnan(NAN), -np.inf, NAN), LABELS, None, ["infinite", "row 2"]),
         (np.full((4, 2), 1e300), LABELS, None, ["infinite", "float32"]),
         (IMAGES.astype(int) + 256, LABELS, None, ["256 to 256", "0 to 255", "rescale"]),
         (np.zeros(4), LABELS, None, ["(4,)", "[n, d]"]),
         (np.zeros((4, 2), complex), LABELS, None, ["complex128", "convert"]),
         (np.array([[None]] * 4), LABELS, None, ["object", "convert"]),
-        ([[1], [2, 3]], [0, 1], None, ["not an array", "equally long"]),
+        ([[1], [2, 3]], [0, 1], None, ["not an array", "rows of one shape"]),
     ],
 )
 def test_bad_arrays(x, y, classes, said):
@@ -236,11 +253,28 @@ def test_bad_files(tmp_path):
     refused(["no such file", str(tmp_path), "np.savez"])
     refused(["holds images, y", "np.savez(path, x=x, y=y)"], images=IMAGES, y=LABELS)
     refused(["x_test and y_test"], x=IMAGES, y=LABELS, x_test=IMAGES)
-    refused(["4 rows", "5 or more", "x_test"], x=IMAGES, y=LABELS)
-    refused(["no split 'valid'", "'train' and 'test'"], split="valid", x=IMAGES, y=LABELS)
+    refused(["4 rows", "5 is the least", "x_test"], x=IMAGES, y=LABELS)
+    refused(["no split 'valid'", "'train' or 'test'"], split="valid", x=IMAGES, y=LABELS)
     refused(["y has 3"], x=IMAGES, y=LABELS[:3], x_test=IMAGES, y_test=LABELS)
     refused(["label -1", "'y_test'"], x=IMAGES, y=LABELS, x_test=IMAGES, y_test=LABELS - 1)
     refused(["Object arrays", "np.savez"], x=np.array([None, {}]), y=LABELS)
+    refused(["bool", "np.unique"], x=IMAGES, y=LABELS > 1)
+    refused(["NaN", "row 2, column 1"], x=NAN, y=LABELS)
+    refused(
+        ["rows of x are uint8 [5, 5, 1], those of x_test float32 [2]"],
+        x=IMAGES,
+        y=LABELS,
+        x_test=NAN[:2],
+        y_test=LABELS[:2],
+    )
+    # What is wrong with the split that is not asked for comes out, too.
+    refused(["split 'test'", "NaN", "row 2, column 1"], x=NAN[:2], y=LABELS[:2], x_test=NAN, y_test=LABELS)
+    refused(["9 classes of 6 rows"], x=NAN[:2], y=LABELS[:2], x_test=NAN, y_test=LABELS + 5)
+    with open(tmp_path / "given.npz", "wb") as file:
+        np.save(file, IMAGES)
+    refused(["cannot be read", "a single array", "np.savez"])
+    (tmp_path / "given.npz").write_bytes(b"")
+    refused(["cannot be read", "np.savez"])
     (tmp_path / "given.npz").write_bytes(b"this is no archive")
     refused(["cannot be read", "np.savez"])
     np.savez(tmp_path / "given.npz", x=IMAGES, y=LABELS)
@@ -258,13 +292,16 @@ def test_bad_files(tmp_path):
         ("huggingface:mnist", "train", {}, ["'huggingface:mnist'", "name:1.2.3"]),
         ("pool.npy", "train", {}, ["'pool.npy'", "ends in .npz"]),
         ("mnist/fog", "train", {}, ["'mnist/fog'", "no config 'fog'", "'mnist' alone"]),
-        ("mnist_corrupted/fogg", "train", {}, ["'fogg'", "allowed: fog", "'mnist_corrupted' alone"]),
+        ("mnist_corrupted/fogg", "train", {}, ["'fogg'", "only: fog", "'mnist_corrupted' alone"]),
         ("mnist:1.2.3", "train", {}, ["1.2.3", "only: 3.", "'mnist' alone"]),
         ("imdb_reviews", "train", {}, ["not image classification", "label, text", "mnist"]),
         ("celeb_a", "train", {}, ["not image classification", "landmarks", "mnist"]),
-        ("digits", "validation", {}, ["'digits'", "'validation'", "'train' and 'test'"]),
-        ("digits", None, {}, ["split=None", "'train'"]),
-        (7, "train", {}, ["name=7", "'digits'"]),
+        ("digits", "validation", {}, ["'digits'", "'validation'", "'train' or 'test'"]),
+        ("digits", None, {}, ["split must be a string, got None", "'train'"]),
+        (7, "train", {}, ["name must be", "got 7", "'digits'"]),
+        ("digits", "train", {"data_dir": 3}, ["data_dir must be the path of a folder or None, got 3"]),
+        ("digits", "train", {"cache_dir": b"x"}, ["cache_dir must be the path of a folder"]),
+        ("mnist", "train", {"label": 3}, ["label must be the name of a class label or None, got 3"]),
         ("digits", "train", {"image_shape": (28, 28)}, ["(28, 28)", "(28, 28, 1)"]),
         ("digits", "train", {"image_shape": (28, 28, 2)}, ["(28, 28, 2)", "(28, 28, 1)"]),
         ("digits", "train", {"image_shape": (0, 28, 1)}, ["(0, 28, 1)", "(28, 28, 1)"]),
@@ -274,7 +311,7 @@ def test_bad_files(tmp_path):
 @pytest.mark.usefixtures("no_network")
 def test_bad_requests(tmp_path, name, split, arguments, said):
     with pytest.raises(DataError) as raised:
-        load(name, split, data_dir=tmp_path, **arguments)
+        load(name, split, **{"data_dir": tmp_path, **arguments})
     check_message(raised.value, said)
 
 
@@ -310,6 +347,11 @@ def test_prepare_says_that_it_needs_tensorflow(tmp_path, monkeypatch, capsys, ti
     assert str(tiny[0] / "tiny_shapes" / "1.0.0") in capsys.readouterr().out
 
 
+# A picture of 60,000 x 60,000 pixels, as its head says.
+HEAD = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + b"\x08\x00\x00\x00\x00"
+BOMB = b"\x89PNG\r\n\x1a\n\x00\x00\x00\r" + HEAD + zlib.crc32(HEAD).to_bytes(4, "big")
+
+
 @pytest.mark.parametrize(
     ("change", "split", "said"),
     [
@@ -318,12 +360,13 @@ def test_prepare_says_that_it_needs_tensorflow(tmp_path, monkeypatch, capsys, ti
         ({}, "train[3:3]", ["'train[3:3]'", "empty", "at least one row"]),
         ({"y": np.arange(ROWS) - 1}, "train", ["label -1", "row 0", "0 to 2"]),
         ({"y": np.arange(ROWS)}, "train", ["label 3", "row 3", "0 to 2"]),
+        ({"raw": [BOMB] * ROWS}, "train", ["row 0", "cannot be decoded"]),
         ({"shape": (None, None, 3)}, "train", ["(None, None, 3)", "image_shape=(64, 64, 3)"]),
         ({"shape": (12, 10, 3)}, "train", ["row 0", "12x12", "12x10", "image_shape"]),
         ({"raw": [b"no picture"] * ROWS}, "train", ["row 0", "cannot be decoded", "prepare it again"]),
         ({"raw": [picture(np.ones((12, 12, 3), np.uint8))[:-30]] * ROWS}, "train", ["row 0", "cannot be decoded"]),
         ({"form": "tfrecord"}, "train", ["tfrecord", "array_record", "metaal_jax.data.prepare"]),
-        ({"pixel": "uint16"}, "train", ["uint16", "8-bit", ".npz"]),
+        ({"pixel": "uint16"}, "train", ["uint16", "not 8 bits", ".npz"]),
     ],
 )
 def test_bad_prepared_sets(tmp_path, shapes, change, split, said):
@@ -383,6 +426,9 @@ def test_images_are_converted_by_luma_area_and_repetition(tiny):
     larger = convert_images(ramp, (16, 16, 1))[0, :, 0, 0].astype(float)
     expected = np.interp((np.arange(16) + 0.5) / 2 - 0.5, np.arange(8), np.arange(8) * 30)
     np.testing.assert_allclose(larger, expected, atol=1)
+    for wrong in (x.astype(np.float32), x[..., 0], x[:0], x.tolist()):
+        with pytest.raises(DataError, match=r"images must be uint8 \[n, h, w, c\]"):
+            convert_images(wrong, (4, 4, 1))
     with pytest.raises(DataError, match="5 channels"):
         convert_images(np.zeros((2, 3, 3, 5), np.uint8), (3, 3, 1))
 
@@ -412,7 +458,7 @@ def test_the_cache_gives_the_first_read_again(tiny, monkeypatch):
     assert len(cache_files(root / "metaal_jax_cache")) == 3
 
 
-@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "other rows", "folder"])
+@pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "other rows", "other labels", "folder"])
 def test_a_damaged_cache_is_rebuilt(tiny, tmp_path, damage):
     root, x, _ = tiny
     cache = tmp_path / "cache"
@@ -427,6 +473,8 @@ def test_a_damaged_cache_is_rebuilt(tiny, tmp_path, damage):
         path.write_bytes(b"")
     elif damage == "other rows":
         np.savez(path, x=x[:5], y=np.zeros(5, np.int32))
+    elif damage == "other labels":
+        np.savez(path, x=x, y=np.full(ROWS, CLASSES, np.int32))
     else:
         path.unlink()
         (cache / (path.name + ".left-over.part")).write_bytes(b"of a killed run")
@@ -491,10 +539,16 @@ def test_the_order_of_a_stream_belongs_to_its_seed():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"batch_size": 0}, ["batch_size=0", "from 1"]),
-        ({"batch_size": 2.5}, ["batch_size=2.5", "from 1"]),
-        ({"batch_size": 4, "workers": 0}, ["workers=0", "from 1"]),
-        ({"batch_size": 4, "shuffle_seed": -1}, ["shuffle_seed=-1", "from 0"]),
+        ({"batch_size": 0}, ["batch_size must be a positive integer, got 0"]),
+        ({"batch_size": 2.5}, ["batch_size must be a positive integer, got 2.5"]),
+        ({"batch_size": 4, "workers": 0}, ["workers must be a positive integer, got 0"]),
+        (
+            {"batch_size": 4, "shuffle_seed": -1},
+            ["shuffle_seed must be None or an integer from 0 to 2**32 - 1, got -1"],
+        ),
+        ({"batch_size": True}, ["batch_size must be a positive integer, got True"]),
+        ({"batch_size": 4, "shuffle_seed": True}, ["shuffle_seed must be", "got True"]),
+        ({"batch_size": 4, "invert": "no"}, ["invert must be True, False or None, got 'no'"]),
         ({"batch_size": 4, "image_shape": (1, 1)}, ["(1, 1)"]),
     ],
 )
@@ -502,8 +556,15 @@ def test_bad_streams_are_refused_at_the_call(arguments, said):
     with pytest.raises(DataError) as raised:
         stream("digits", "test", **arguments)
     check_message(raised.value, said)
-    with pytest.raises(DataError, match="size=0"):
+    with pytest.raises(DataError, match="size must be a positive integer, got 0"):
         prefetch([], size=0)
+
+
+def test_a_stream_names_the_row_of_the_set(tmp_path, shapes):
+    """And not its place in the batch."""
+    write_tfds(tmp_path, x=shapes[0], y=np.where(np.arange(ROWS) == 17, 7, 1))
+    with pytest.raises(DataError, match="label 7 in row 17 "):
+        list(stream("tiny_shapes", "train", batch_size=5, data_dir=tmp_path))
 
 
 def ours():

@@ -118,12 +118,25 @@ def test_control_points_are_interpolated():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"examples": 0}, "examples must be at least 1, got 0"),
-        ({"examples": 2, "size": 7}, "size must be at least 8, got 7"),
+        ({"examples": 0}, "examples must be a positive integer, got 0"),
+        ({"examples": 2, "size": 7}, "size must be an integer of at least 8, got 7"),
         ({"examples": 2, "crop": (6.0, 5.0)}, r"two rising half-widths, got \(6.0, 5.0\)"),
         ({"examples": 2, "crop": (0.0, 5.0)}, "two rising half-widths"),
+        ({"examples": 2, "crop": (5.0, np.inf)}, "two rising half-widths"),
+        ({"examples": 2, "crop": (5.0, 6.0, 7.0)}, "two rising half-widths"),
+        ({"examples": 2, "filled": 1.5}, "filled must be a probability, got 1.5"),
+        ({"examples": 2, "filled": np.nan}, "filled must be a probability, got nan"),
+        ({"examples": 2, "affine": -1.0}, "affine must be finite and not negative, got -1.0"),
+        ({"examples": 2, "elastic": np.inf}, "elastic must be finite"),
+        ({"examples": 2, "smoothing": np.nan}, "smoothing must be finite"),
     ],
 )
 def test_numbers_out_of_range(options, said):
     with pytest.raises(ValueError, match=said):
         shapes.shape_exemplars(**options)
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (5, 1, 3), (2, 5, 5, 3)])
+def test_what_is_no_image(shape):
+    with pytest.raises(ValueError, match="at least 2 x 2 pixels, got the shape"):
+        shapes.shape_exemplars(examples=2)(jax.random.key(0), jnp.zeros(shape))

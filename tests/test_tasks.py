@@ -57,6 +57,25 @@ def test_class_data_knows_the_rows_of_each_class():
         (np.zeros((0, 2)), np.zeros(0, int), None, "as many rows as labels"),
         (np.zeros((2, 2)), np.zeros((2, 1), int), None, "as many rows as labels"),
         (np.zeros((2, 2)), np.asarray([0, 2]), np.asarray([0, 1, 2]), "class 1 has no row"),
+        (
+            np.zeros((2, 2)),
+            np.asarray([0.9, 1.9]),
+            None,
+            r"labels must be integers, got float64, 0\.9 in row 0; number",
+        ),
+        (np.zeros((2, 2)), np.asarray([0.0, np.nan]), None, "labels must be integers, got float64, nan in row 1"),
+        (np.zeros((2, 2)), np.asarray([0.0, 1.0]), None, "labels must be integers, got float64; number"),
+        (np.zeros((2, 2)), ["cat", "dog"], None, r"got <U3, cat the first; number .* np\.unique\("),
+        (np.zeros((2, 2)), [True, False], None, "labels must be integers, got bool"),
+        (np.zeros((2, 2)), [3, -1], None, "label -1 in row 1 is negative"),
+        (np.zeros((2, 2)), [0, 1], [0, 1, 1], "class 1 is named twice"),
+        (np.zeros((2, 2)), [0, 1], [], "at least one class"),
+        (np.zeros((2, 2)), [0, 1], [0.0, 1.0], "classes must be integers, got float64"),
+        (np.asarray([[0.0, 1.0], [np.nan, 0.0]]), [0, 1], None, r"x holds 1 NaN or infinite .* row 1 at \[0\]"),
+        ({"a": np.zeros((2, 2)), "b": np.asarray([0.0, -np.inf])}, [0, 1], None, r"x\['b'\] holds 1 NaN .* row 1;"),
+        ([[0.0, 1.0], [1.0, 0.0]], [0, 1], None, r"x\[0\]\[0\] must be an array \[n, \.\.\.\], got float"),
+        (np.asarray([["a"], ["b"]]), [0, 1], None, "x must hold numbers, got <U1"),
+        ({}, [0, 1], None, "x has no arrays"),
     ],
 )
 def test_class_data_refuses(x, y, classes, message):
@@ -64,15 +83,10 @@ def test_class_data_refuses(x, y, classes, message):
         tasks.class_data(x, y, classes=classes)
 
 
-def test_split_classes():
-    parts = tasks.split_classes(20, (10, 4, 3), seed=1)
-    assert [len(part) for part in parts] == [10, 4, 3]
-    assert len(set(np.concatenate(parts).tolist())) == 17
-    again, other = (np.concatenate(tasks.split_classes(20, (10, 4, 3), seed=seed)) for seed in (1, 2))
-    np.testing.assert_array_equal(again, np.concatenate(parts))
-    assert (other != again).any()
-    with pytest.raises(ValueError, match="need 21, the set has 20"):
-        tasks.split_classes(20, (20, 1))
+def test_unlabelled_rows_can_be_left_out():
+    data = tasks.class_data(np.arange(4.0)[:, None], [1, -1, 0, 1], classes=[0, 1])
+    assert data.x[:, 0].tolist() == [0, 2, 3]
+    assert data.y.tolist() == [1, 0, 1]
 
 
 def test_few_shot():
@@ -120,6 +134,30 @@ def test_rotations_make_classes(sampler):
                     origin.setdefault(int(y), set()).add((int(data.y[row]), turn))
         assert all(len(source) == 1 for source in origin.values())  # one class and one turn for a label
         assert len(set.union(*origin.values())) == 8  # two classes, four turns
+
+
+ROTATING = {
+    "few_shot": tasks.few_shot(ways=5, shots=1, queries=1, rotations=True),
+    "growing": tasks.growing(ways=5, labels=2, queries=1, rotations=True),
+    "minibatches": tasks.minibatches(rows=4, rotations=True),
+}
+
+
+@pytest.mark.parametrize("name", ROTATING)
+def test_rotations_of_what_cannot_be_turned_are_refused(name):
+    """A row that no turn changes would stand in a task under two labels."""
+    y = np.arange(10) % 2
+    for x, said in (
+        (np.zeros((10, 2)), r"rotations turn images .* got rows of shape \[10, 2\]"),
+        (np.zeros(10), r"got rows of shape \[10\]"),
+        (np.zeros((10, 3, 4, 1)), "need square images .* got 3 x 4"),
+        (np.zeros((10, 1, 1, 3)), "at least 2 x 2 pixels, got 1 x 1"),
+        ({"input": np.zeros((10, 3)), "task": np.zeros(10)}, r"rows of shape \[10, 3\], \[10\]"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: .*{said}"):
+            ROTATING[name](jax.random.key(0), tasks.class_data(x, y))
+    beside = tasks.class_data({"image": pictures().x, "age": np.zeros(10, np.float32)}, y)
+    jax.eval_shape(ROTATING[name], jax.random.key(0), beside)
 
 
 def test_pictures_that_are_not_square():
@@ -179,7 +217,7 @@ def test_mixture_draws_by_weight():
     assert (second.all(1) | (~second).all(1)).all()
     assert (drawn.query.x[:, 0, 0] >= 1000).tolist() == second[:, 0].tolist()
     assert abs(second[:, 0].sum() - 100) < 4 * np.sqrt(400 * 0.25 * 0.75)
-    for weights in ([1.0], [1.0, 0.0], [1.0, -1.0]):
+    for weights in ([1.0], [1.0, 0.0], [1.0, -1.0], [np.nan, 1.0], [1.0, np.inf]):
         with pytest.raises(ValueError, match="mixture"):
             tasks.mixture(samplers, weights)
 
@@ -289,13 +327,29 @@ def test_a_balanced_initial_set():
 
 
 WRONG = {  # a call, what it says
-    "few_shot: ways must be at least 1": lambda: tasks.few_shot(ways=0, shots=1, queries=1),
-    "few_shot: shots must be at least 1": lambda: tasks.few_shot(ways=1, shots=0, queries=1),
+    "few_shot: ways must be a positive integer, got 0": lambda: tasks.few_shot(ways=0, shots=1, queries=1),
+    "few_shot: shots must be a positive integer, got 0": lambda: tasks.few_shot(ways=1, shots=0, queries=1),
     "5 ways wanted, the set has 4": lambda: draw(tasks.few_shot(ways=5, shots=1, queries=1), POOL),
     "the largest class has 20": lambda: draw(tasks.few_shot(ways=2, shots=10, queries=11), POOL),
-    "growing: queries must be at least 1": lambda: tasks.growing(ways=1, labels=1, queries=0),
+    "growing: queries must be a positive integer, got 0": lambda: tasks.growing(ways=1, labels=1, queries=0),
     "growing: smallest must lie in 0..3": lambda: tasks.growing(ways=1, labels=3, queries=1, smallest=4),
-    "growing: concentration must be > 0": lambda: tasks.growing(ways=1, labels=3, queries=1, concentration=0.0),
+    "growing: concentration must be positive": lambda: tasks.growing(ways=1, labels=3, queries=1, concentration=0.0),
+    "growing: concentration must be positive, got nan": lambda: tasks.growing(
+        ways=1, labels=1, queries=1, concentration=float("nan")
+    ),
+    "growing: concentration must be finite": lambda: tasks.growing(
+        ways=1, labels=1, queries=1, concentration=float("inf")
+    ),
+    "growing: smallest must be an integer of at least 0, got -1": lambda: tasks.growing(
+        ways=1, labels=3, queries=1, smallest=-1
+    ),
+    "few_shot: queries must be a positive integer, got 2.5": lambda: tasks.few_shot(ways=2, shots=1, queries=2.5),
+    "few_shot: ways must be a positive integer, got True": lambda: tasks.few_shot(ways=True, shots=1, queries=2),
+    "minibatches: rows must be a positive integer, got 0": lambda: tasks.minibatches(rows=0),
+    "mixture: give at least one sampler": lambda: tasks.mixture([], []),
+    "mixture: 1 samplers need as many data sets, got 2": lambda: tasks.mixture(
+        [tasks.few_shot(ways=2, shots=1, queries=1)], [1.0]
+    )(jax.random.key(0), (POOL, POOL)),
     "problems: pool must be at least 1": lambda: tasks.problems(pool=0, test=1),
     "problems: imbalance must be at least 1": lambda: tasks.problems(pool=4, test=1, imbalance=0.5),
     "5 initial rows are more than a pool of 4": lambda: tasks.problems(pool=4, test=1, initial=5),
@@ -375,5 +429,8 @@ class TestComposedProblems:
             self.draw(0, ways=15)
         with pytest.raises(ValueError, match="560 rows wanted, 5 classes of one form each have at most 150"):
             self.draw(0, pool=500)
-        with pytest.raises(ValueError, match="imbalance must be at least"):
-            tasks.composed_problems(ways=2, pool=1, test=1, imbalance=0.5)
+        for imbalance, said in ((0.5, "at least 1, got 0.5"), (np.nan, "at least 1, got nan"), (np.inf, "finite")):
+            with pytest.raises(ValueError, match=f"imbalance must be {said}"):
+                tasks.composed_problems(ways=2, pool=1, test=1, imbalance=imbalance)
+        with pytest.raises(ValueError, match="ways must be an integer of at least 2, got 1"):
+            tasks.composed_problems(ways=1, pool=1, test=1)

@@ -1,7 +1,7 @@
 """Decoded splits on disk: an uncompressed `.npz` with the arrays `x` and `y`, which reads at the speed of the disk.
 
 One file per split and form, so that x and y are replaced together; its sums are checked on every read, so that a torn
-or damaged file counts as missing and is written again.
+or damaged file counts as missing and is written again; so does one whose labels the set does not have.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def cache_path(folder: Path, key: str) -> Path:
 
 
 def read_cache(
-    folders: Sequence[Path], key: str, *, rows: int, shape: tuple[int, ...]
+    folders: Sequence[Path], key: str, *, rows: int, shape: tuple[int, ...], classes: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Reads the first sound copy in `folders`.
 
@@ -34,6 +34,7 @@ def read_cache(
       key: names the data and its form.
       rows: the number of rows expected.
       shape: the shape of one row of x expected.
+      classes: their number; labels from 0 below it are sound.
 
     Returns:
       x uint8 [rows, *shape] and y int32 [rows], or None if there is no sound copy.
@@ -45,7 +46,8 @@ def read_cache(
                 x, y = file["x"], file["y"]
         except Exception:  # a damaged archive raises nearly anything; each means that there is no sound copy
             continue
-        if x.shape == (rows, *shape) and x.dtype == np.uint8 and y.shape == (rows,) and y.dtype == np.int32:
+        sound = x.shape == (rows, *shape) and x.dtype == np.uint8 and y.shape == (rows,) and y.dtype == np.int32
+        if sound and y.min(initial=0) >= 0 and y.max(initial=0) < classes:
             return x, y
     return None
 
@@ -82,6 +84,5 @@ def write_cache(folders: Sequence[Path], key: str, x: np.ndarray, y: np.ndarray,
             reason = error
     if required:
         raise DataError(
-            f"cache_dir={str(folders[0])!r} cannot be written ({reason}), allowed is a writable folder; give "
-            "another, or None for the default"
+            f"cache_dir={str(folders[0])!r} cannot be written ({reason}); give another folder, or None for the default"
         )

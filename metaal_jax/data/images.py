@@ -20,7 +20,7 @@ _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def check_image_shape(image_shape: tuple[int, int, int] | None) -> tuple[int, int, int] | None:
-    """Returns `image_shape` as plain integers, or raises a DataError: allowed are (h, w, 1), (h, w, 3) and None."""
+    """Returns `image_shape` as plain integers, or raises a DataError unless it is (h, w, 1), (h, w, 3) or None."""
     if image_shape is None:
         return None
     try:
@@ -30,14 +30,16 @@ def check_image_shape(image_shape: tuple[int, int, int] | None) -> tuple[int, in
         good = False
     if not good:
         raise DataError(
-            f"image_shape={image_shape!r}, allowed are (height, width, 1) for grey and (height, width, 3) for "
-            "colour; give for example (28, 28, 1), or None to keep the stored shape"
+            f"image_shape must be (height, width, 1) for grey or (height, width, 3) for colour, got {image_shape!r}; "
+            "give for example (28, 28, 1), or None to keep the stored shape"
         )
     return height, width, channels
 
 
 def wants_inversion(name: str, invert: bool | None) -> bool:
     """Whether the set `name` (`name`, `name/config` or `name:version`) is to be inverted: `invert`, or its default."""
+    if not (invert is None or isinstance(invert, bool | np.bool_)):
+        raise DataError(f"invert must be True, False or None, got {invert!r}")
     return name.split("/")[0].split(":")[0] in DARK_ON_LIGHT if invert is None else bool(invert)
 
 
@@ -64,14 +66,20 @@ def convert_images(x: np.ndarray, image_shape: tuple[int, int, int] | None, *, i
       uint8 [n, h, w, c]; x itself when there is nothing to do.
 
     Raises:
-      DataError: a bad `image_shape`, or channels that have no meaning as a colour.
+      DataError: x is not such a stack, a bad `image_shape`, or channels that have no meaning as a colour.
     """
     image_shape = check_image_shape(image_shape)
+    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 4 or not x.size:
+        given = f"{x.dtype} {list(x.shape)}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise DataError(
+            f"images must be uint8 [n, h, w, c] with at least one row, got {given}; give check_arrays(x, y).x, or "
+            "scale floats to uint8 first"
+        )
     if image_shape is not None and x.shape[1:] != image_shape:
         if x.shape[-1] not in _MODES:
             raise DataError(
-                f"images have {x.shape[-1]} channels, allowed for image_shape={image_shape} are 1 to 4; choose "
-                "the channels yourself, or give image_shape=None"
+                f"images have {x.shape[-1]} channels, and image_shape={image_shape} needs 1 to 4; choose the channels "
+                "yourself, or give image_shape=None"
             )
         squeezed = x[..., 0] if x.shape[-1] == 1 else x
         converted = np.empty((len(x), *image_shape), np.uint8)
@@ -89,7 +97,7 @@ def convert_arrays(
         return arrays
     if arrays.x.dtype != np.uint8:
         raise DataError(
-            f"{name}: x is {arrays.x.dtype} of shape {arrays.x.shape}, image_shape and invert are allowed for "
-            "uint8 images only; leave both out, or store the images as uint8 [n, h, w, c]"
+            f"{name}: x is {arrays.x.dtype} of shape {arrays.x.shape}, and image_shape and invert need uint8 images; "
+            "leave both out, or store the images as uint8 [n, h, w, c]"
         )
     return arrays._replace(x=convert_images(arrays.x, image_shape, invert=invert))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metaal_jax.data.arrays import Arrays, DataError, check_arrays, check_labels
+from metaal_jax.data.arrays import Arrays, DataError, check_arrays, check_labels, check_number
 
 SPLITS = ("train", "test")
 TABLES = ("wine", "iris", "breast_cancer")
@@ -16,8 +16,7 @@ def check_split(name: str, split: str) -> None:
     """Raises a DataError unless `split` is `train` or `test`."""
     if split not in SPLITS:
         raise DataError(
-            f"{name} has no split {split!r}, allowed are {' and '.join(map(repr, SPLITS))}; give one of them and "
-            "slice the arrays for less"
+            f"{name} has no split {split!r}; give {' or '.join(map(repr, SPLITS))}, and slice the arrays for less"
         )
 
 
@@ -84,7 +83,7 @@ def read_npz(path: str | os.PathLike[str], split: str) -> Arrays:
     """Reads a `.npz` file that holds `x` and `y`, and for its own test split `x_test` and `y_test`.
 
     Without `x_test` and `y_test` the rows are divided by `split_rows`, the same way on every call. The number of
-    classes is the largest label of both splits plus one.
+    classes is the largest label of both splits plus one. Both splits are checked on every call.
 
     Args:
       path: the file, as written by `np.savez(path, x=x, y=y)`.
@@ -100,32 +99,46 @@ def read_npz(path: str | os.PathLike[str], split: str) -> Arrays:
     check_split(name, split)
     if not Path(path).is_file():
         raise DataError(
-            f"{name}: no such file (looked in {str(Path(path).absolute().parent)!r}), allowed is an existing "
-            ".npz; check the path, or write it with np.savez(path, x=x, y=y)"
+            f"{name}: no such file (looked in {str(Path(path).absolute().parent)!r}); check the path, or write it with "
+            "np.savez(path, x=x, y=y)"
         )
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:  # np.load leaves a damaged file open
-            given = {key: file[key] for key in file.files if key in ("x", "y", "x_test", "y_test")}
-            held = ", ".join(file.files) or "nothing"
+        with open(path, "rb") as raw:  # np.load leaves a damaged file open
+            found = np.load(raw, allow_pickle=False)
+            if isinstance(found, np.ndarray):
+                raise ValueError("it holds a single array, as np.save writes it")
+            with found as file:
+                given = {key: file[key] for key in file.files if key in ("x", "y", "x_test", "y_test")}
+                held = ", ".join(file.files) or "nothing"
     except Exception as error:  # a damaged archive raises nearly anything
         raise DataError(
-            f"{name} cannot be read ({type(error).__name__}: {error}), allowed is a .npz of plain arrays; write "
-            "it again with np.savez(path, x=x, y=y)"
+            f"{name} cannot be read ({type(error).__name__}: {error}); write it again with np.savez(path, x=x, y=y) "
+            "from plain arrays of numbers"
         ) from error
     if not {"x", "y"} <= given.keys() or ("x_test" in given) != ("y_test" in given):
         raise DataError(
-            f"{name} holds {held}, allowed are x and y, or x, y, x_test and y_test; write it again with "
+            f"{name} holds {held}, and must hold x and y, or x, y, x_test and y_test; write it again with "
             "np.savez(path, x=x, y=y)"
         )
     if "x_test" not in given:
         whole = check_arrays(given["x"], given["y"], name=name)
         if len(whole.y) < 5:
             raise DataError(
-                f"{name} has {len(whole.y)} rows, allowed without a test split is 5 or more (a fifth is set "
-                "apart); give x_test and y_test in the file"
+                f"{name} has {len(whole.y)} rows, and 5 is the least without a test split (a fifth is set apart); "
+                "give x_test and y_test in the file"
             )
         keep = split_rows(len(whole.y), split)
         return whole._replace(x=whole.x[keep], y=whole.y[keep])
-    classes = 1 + max(int(check_labels(given[key], name=f"{name}, array {key!r}").max()) for key in ("y", "y_test"))
-    suffix = "" if split == "train" else "_test"
-    return check_arrays(given["x" + suffix], given["y" + suffix], classes=classes, name=f"{name}, split {split!r}")
+    labels = [check_labels(given[key], name=f"{name}, array {key!r}") for key in ("y", "y_test")]
+    classes = check_number(np.concatenate(labels), name=name)
+    # Both are checked whichever is asked for: that the other is wrong should not come out after the training.
+    train, test = (
+        check_arrays(given["x" + end], given["y" + end], classes=classes, name=f"{name}, split {part!r}")
+        for part, end in (("train", ""), ("test", "_test"))
+    )
+    if (train.x.shape[1:], train.x.dtype) != (test.x.shape[1:], test.x.dtype):
+        raise DataError(
+            f"{name}: rows of x are {train.x.dtype} {list(train.x.shape[1:])}, those of x_test {test.x.dtype} "
+            f"{list(test.x.shape[1:])}; give both the same form"
+        )
+    return train if split == "train" else test

@@ -37,8 +37,8 @@ def prepare(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> str
         formats = {getattr(form, "value", str(form)) for form in builder.info.available_file_formats()}
         if "array_record" not in formats:
             raise DataError(
-                f"{name!r} is already prepared as {', '.join(sorted(formats))} in {folder!r}, allowed is "
-                "array_record; give another --data-dir or delete that folder"
+                f"{name!r} is already prepared as {', '.join(sorted(formats))} in {folder!r}, and only "
+                "array_record can be read; give another --data-dir or delete that folder"
             )
         return folder
     if importlib.util.find_spec("tensorflow") is None:

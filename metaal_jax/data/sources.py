@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from metaal_jax.data.arrays import Arrays, DataError, check_arrays
+from metaal_jax.data.arrays import Arrays, DataError, Source, check_arrays
 from metaal_jax.data.cache import read_cache, write_cache
 from metaal_jax.data.images import check_image_shape, convert_arrays, wants_inversion
 from metaal_jax.data.local import EMBEDDED, read_digits, read_npz, read_table
@@ -23,28 +23,6 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 _CHUNK = 1024  # rows decoded by one call in `load`
-
-
-class Source(NamedTuple):
-    """One split, opened: what `load` and `stream` share.
-
-    Attributes:
-      rows: the number of rows n.
-      shape: the shape of one row of x.
-      dtype: the type of x, uint8 or float32.
-      classes: the number of classes.
-      read: row numbers int64 [k] -> (x [k, *shape], y int32 [k]), converted and checked; threads may call it at once.
-      key: names the data and their form in the cache; None for sources that are not worth caching.
-      cache_folders: where the decoded split is kept, in the order of preference.
-    """
-
-    rows: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    classes: int
-    read: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-    key: str | None = None
-    cache_folders: tuple[Path, ...] = ()
 
 
 def open_source(
@@ -60,13 +38,14 @@ def open_source(
     image_shape = check_image_shape(image_shape)
     if not isinstance(name, str | os.PathLike):
         raise DataError(
-            f"name={name!r} is {type(name).__name__}, allowed is a str; give 'digits', the path of a .npz, or the "
-            "name of a TFDS data set"
+            f"name must be a string or a path, got {name!r}; give 'digits', the path of a .npz, or the name of a TFDS "
+            "data set"
         )
     if not isinstance(split, str):
-        raise DataError(
-            f"split={split!r} is {type(split).__name__}, allowed is a str; give for example 'train' or 'test'"
-        )
+        raise DataError(f"split must be a string, got {split!r}; give for example 'train' or 'test'")
+    if label is not None and not isinstance(label, str):
+        raise DataError(f"label must be the name of a class label or None, got {label!r}")
+    check_folder("data_dir", data_dir)
     name = os.fspath(name)
     inverted = wants_inversion(name, invert)
     if name in EMBEDDED or name.endswith(".npz"):
@@ -89,6 +68,12 @@ def open_source(
     from metaal_jax.data.tfds import open_tfds
 
     return open_tfds(name, split, image_shape=image_shape, invert=inverted, label=label, data_dir=data_dir)
+
+
+def check_folder(name: str, value: object) -> None:
+    """Raises a DataError unless `value` is a path or None."""
+    if not (value is None or isinstance(value, str | os.PathLike)):
+        raise DataError(f"{name} must be the path of a folder or None, got {value!r}")
 
 
 def read_ahead(
@@ -175,12 +160,13 @@ def load(
       >>> load("digits", "train").x.shape
       (1438, 8, 8, 1)
     """
+    check_folder("cache_dir", cache_dir)
     source = open_source(name, split, image_shape=image_shape, invert=invert, label=label, data_dir=data_dir)
     if source.key is None:
         x, y = source.read(np.arange(source.rows))
         return Arrays(x=x, y=y, classes=source.classes)
     folders = source.cache_folders if cache_dir is None else (Path(cache_dir).expanduser(),)
-    cached = read_cache(folders, source.key, rows=source.rows, shape=source.shape)
+    cached = read_cache(folders, source.key, rows=source.rows, shape=source.shape, classes=source.classes)
     if cached is None:
         cached = _read_all(source)
         write_cache(folders, source.key, *cached, required=cache_dir is not None)

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from metaal_jax.data.arrays import DataError
-from metaal_jax.data.sources import Source, open_source, read_ahead
+from metaal_jax.data.arrays import DataError, Source
+from metaal_jax.data.sources import open_source, read_ahead
 
 _T = TypeVar("_T")
 
@@ -35,7 +35,7 @@ class StreamBatch(NamedTuple):
 
 def _check_count(name: str, value: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise DataError(f"{name}={value!r}, allowed are whole numbers from 1; give such a number")
+        raise DataError(f"{name} must be a positive integer, got {value!r}")
     return int(value)
 
 
@@ -80,10 +80,9 @@ def stream(
       [(200, 8, 8, 1), (200, 8, 8, 1)]
     """
     batch_size, workers = _check_count("batch_size", batch_size), _check_count("workers", workers)
-    if shuffle_seed is not None and (not isinstance(shuffle_seed, int | np.integer) or not 0 <= shuffle_seed < 2**32):
-        raise DataError(
-            f"shuffle_seed={shuffle_seed!r}, allowed are None and whole numbers from 0 to 2**32 - 1; give one"
-        )
+    is_seed = isinstance(shuffle_seed, int | np.integer) and not isinstance(shuffle_seed, bool)
+    if shuffle_seed is not None and not (is_seed and 0 <= shuffle_seed < 2**32):
+        raise DataError(f"shuffle_seed must be None or an integer from 0 to 2**32 - 1, got {shuffle_seed!r}")
     source = open_source(name, split, image_shape=image_shape, invert=invert, label=label, data_dir=data_dir)
     return _batches(source, batch_size, shuffle_seed, workers)
 

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from metaal_jax.data.arrays import DataError, check_labels
+from metaal_jax.data.arrays import DataError, Source, check_labels
 from metaal_jax.data.images import convert_image
 from metaal_jax.data.local import EMBEDDED
-from metaal_jax.data.sources import Source
 
 _NAME = re.compile(r"[A-Za-z_]\w*(/[^/:\s]+)?(:[\d*]+\.[\d*]+\.[\d*]+)?")
 
@@ -61,8 +60,8 @@ def make_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     """
     if not _NAME.fullmatch(name):
         raise DataError(
-            f"{name!r} is no name of a data set, allowed are 'digits', a path that ends in .npz, and TFDS sets as "
-            "'name', 'name/config' or 'name:1.2.3'; check the spelling"
+            f"{name!r} is no name of a data set; give 'digits', a path that ends in .npz, or a TFDS set as 'name', "
+            "'name/config' or 'name:1.2.3'"
         )
     try:
         import tensorflow_datasets as tfds
@@ -81,8 +80,8 @@ def make_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
             near = difflib.get_close_matches(plain, known, n=3, cutoff=0.6)
             advice = f"did you mean {' or '.join(map(repr, near))}?" if near else "see tfds.list_builders()"
             raise DataError(
-                f"unknown data set {name!r}, allowed are {', '.join(map(repr, EMBEDDED))}, a path that ends in .npz, "
-                f"and the {len(known) - len(EMBEDDED)} sets of TFDS; {advice}"
+                f"unknown data set {name!r}; there are {', '.join(map(repr, EMBEDDED))}, paths that end in .npz, and "
+                f"the {len(known) - len(EMBEDDED)} sets of TFDS; {advice}"
             ) from error
         except Exception as error:  # for a config, a version or metadata that it cannot use TFDS raises nearly anything
             reason = " ".join(str(error).rpartition('}": ')[2].split())[:300].rstrip(".")
@@ -95,7 +94,7 @@ def make_builder(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
                 if config and config not in configs:
                     near = difflib.get_close_matches(config, configs, n=5, cutoff=0.0)
                     more = ", ..." if len(configs) > len(near) else ""
-                    reason = f"no config {config!r}, allowed: {', '.join(near) or 'none'}{more}"
+                    reason = f"no config {config!r}, only: {', '.join(near) or 'none'}{more}"
             raise DataError(f"{name!r} cannot be opened: {reason or type(error).__name__}; {advice}") from error
 
 
@@ -117,7 +116,7 @@ def _check_prepared(builder: Any, name: str, data_dir: str | os.PathLike[str] | 
     if "array_record" not in formats:
         raise DataError(
             f"data set {name!r} is prepared as {', '.join(sorted(formats)) or 'unknown'} in "
-            f"{os.fspath(builder.data_dir)!r}, allowed is array_record; prepare it into another folder: "
+            f"{os.fspath(builder.data_dir)!r}, and only array_record can be read; prepare it into another folder: "
             f"{prepare_command(name, 'FOLDER')}, and give data_dir='FOLDER'"
         )
 
@@ -139,18 +138,16 @@ def _image_and_label(builder: Any, name: str, label: str | None) -> tuple[str, s
     if pair is None or len(pair) < 2 or pair[0] not in images or pair[1] not in labels:
         raise DataError(
             f"{name!r} is not image classification (its features: {', '.join(map(str, found)) or features}), "
-            "allowed are sets with one image and one class label; choose such a set, e.g. mnist, cifar10 or "
-            "omniglot, or save x and y to a .npz"
+            "which takes one image and one class label; choose such a set, e.g. mnist, cifar10 or omniglot, or save x "
+            "and y to a .npz"
         )
     if np.dtype(found[pair[0]].np_dtype) != np.uint8:
         raise DataError(
-            f"{name!r} has {np.dtype(found[pair[0]].np_dtype)} pixels, allowed are 8-bit images; convert them "
+            f"{name!r} has {np.dtype(found[pair[0]].np_dtype)} pixels, not 8 bits; convert them "
             "yourself and save x and y to a .npz"
         )
     if label is not None and label not in labels:
-        raise DataError(
-            f"{name!r} has no class label {label!r}, allowed are {', '.join(map(repr, labels))}; give one of them"
-        )
+        raise DataError(f"{name!r} has no class label {label!r}; give one of {', '.join(map(repr, labels))}")
     return pair[0], label or pair[1]
 
 
@@ -159,15 +156,15 @@ def _pixels(encoded: bytes, shape: tuple[int, int, int], *, converted: bool, wha
         with Image.open(io.BytesIO(encoded)) as image:
             if not converted and (image.height, image.width) != shape[:2]:
                 raise DataError(
-                    f"{what} is {image.height}x{image.width}, allowed by its set is {shape[0]}x{shape[1]}; "
+                    f"{what} is {image.height}x{image.width}, and its set says {shape[0]}x{shape[1]}; "
                     "give image_shape to bring all images to one size"
                 )
             return convert_image(image, shape)
-    except (OSError, SyntaxError) as error:  # what Pillow raises for damaged pictures
-        raise DataError(
-            f"{what} cannot be decoded ({error}), allowed are whole pictures; delete the prepared set and "
-            "prepare it again"
-        ) from error
+    # What Pillow raises for damaged pictures, and for those that are too large to be one.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{what} cannot be decoded ({error}); delete the prepared set and prepare it again") from error
 
 
 def open_tfds(
@@ -201,16 +198,16 @@ def open_tfds(
         rows = int(splits[split].num_examples)
     except (KeyError, ValueError, AttributeError, AssertionError) as error:
         raise DataError(
-            f"{name!r} has no split {split!r}, allowed are {', '.join(map(repr, splits))} and parts such as "
-            f"'{next(iter(splits), 'train')}[:10%]'; give one of them"
+            f"{name!r} has no split {split!r}; give one of {', '.join(map(repr, splits))}, or a part such as "
+            f"'{next(iter(splits), 'train')}[:10%]'"
         ) from error
     if not rows:
         raise DataError(f"{name!r}, split {split!r}: the set is empty; give a split with at least one row")
     stored = builder.info.features[image_key].shape
     if image_shape is None and (None in stored or stored[-1] not in (1, 2, 3, 4)):
         raise DataError(
-            f"images of {name!r} have the shape {stored}, allowed without image_shape is one fixed shape; give "
-            "for example image_shape=(64, 64, 3)"
+            f"images of {name!r} have the shape {stored}, which is not fixed; give the one that you want, for "
+            "example image_shape=(64, 64, 3)"
         )
     shape: tuple[int, int, int] = image_shape or tuple(stored)
     classes = int(builder.info.features[label_key].num_classes)
@@ -229,8 +226,8 @@ def open_tfds(
             examples = records.__getitems__(numbers.tolist())
         except (RuntimeError, ValueError, IndexError, OSError) as error:
             raise DataError(
-                f"{name!r}, split {split!r}: records cannot be read ({error}), allowed are whole files in "
-                f"{os.fspath(builder.data_dir)!r}; delete that folder and prepare the set again"
+                f"{name!r}, split {split!r}: records cannot be read ({error}); delete the folder "
+                f"{os.fspath(builder.data_dir)!r} and prepare the set again"
             ) from error
         x = np.empty((len(numbers), *shape), np.uint8)
         for place, example in enumerate(examples):
@@ -241,7 +238,7 @@ def open_tfds(
                 what=f"{name!r}, split {split!r}: the image in row {numbers[place]}",
             )
         labels = [int(example[label_key]) for example in examples]
-        y = check_labels(np.asarray(labels), classes=classes, name=f"{name!r}, split {split!r}")
+        y = check_labels(np.asarray(labels), classes=classes, name=f"{name!r}, split {split!r}", rows=numbers)
         return (255 - x if invert else x), y
 
     full_name = builder.info.full_name

@@ -30,7 +30,7 @@ def class_data(x: PyTree, y: np.ndarray, *, classes: np.ndarray | None = None) -
     """Indexes a labelled set by class, on the host.
 
     Args:
-      x: leaves `[n, ...]`.
+      x: leaves `[n, ...]`, arrays of numbers.
       y: integers `[n]`.
       classes: keep only rows of these classes, numbered 0.. in this order; None for all that occur, in order.
 
@@ -38,12 +38,28 @@ def class_data(x: PyTree, y: np.ndarray, *, classes: np.ndarray | None = None) -
       `ClassData`, NumPy arrays; put it on the device once with `jax.device_put`.
 
     Raises:
-      ValueError: for an empty set, or a class that has no row.
+      ValueError: for an empty set, another number of rows than of labels, values that are not finite, labels that are
+        no integers, negative ones unless `classes` leaves them out, or a class that is named twice or has no row.
     """
     y = np.asarray(y)
+    _check_rows(x)
     if y.ndim != 1 or y.size == 0 or rows_of(x) != y.size:
-        raise ValueError(f"class_data needs as many rows as labels and at least one, got y of shape {y.shape}")
+        raise ValueError(
+            f"class_data needs as many rows as labels and at least one, got {rows_of(x)} rows and y of shape {y.shape}"
+        )
+    _check_integers("labels", y)
     wanted = np.unique(y) if classes is None else np.asarray(classes)
+    if classes is None and wanted[0] < 0:
+        raise ValueError(
+            f"class_data: label {wanted[0]} in row {int(y.argmin())} is negative; leave out rows without a label, or "
+            "name the classes to keep"
+        )
+    if wanted.ndim != 1 or wanted.size == 0:
+        raise ValueError(f"class_data: classes must be a list of at least one class, got the shape {wanted.shape}")
+    _check_integers("classes", wanted)
+    if len(np.unique(wanted)) < len(wanted):
+        twice = next(label for label in wanted.tolist() if (wanted == label).sum() > 1)
+        raise ValueError(f"class_data: class {twice} is named twice in classes; name each once")
     keep = np.isin(y, wanted)
     if keep.sum() < y.size:
         x, y = jax.tree.map(lambda leaf: leaf[keep], x), y[keep]
@@ -58,16 +74,64 @@ def class_data(x: PyTree, y: np.ndarray, *, classes: np.ndarray | None = None) -
     return ClassData(x, *index)
 
 
-def split_classes(classes: int, shares: tuple[int, ...], *, seed: int = 0) -> list[np.ndarray]:
-    """Disjoint random groups of class numbers of the given sizes, for meta-training, validation and test.
+def check_count(function: str, name: str, value: int, least: int = 1) -> None:
+    """Raises a `ValueError` unless `value` is an integer of at least `least`; lets traced values pass."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ValueError(f"{function}: {name} must be {kind}, got {value!r}")
 
-    Raises:
-      ValueError: where the groups together need more classes than there are.
+
+def check_rotations(function: str, x: PyTree) -> None:
+    """Raises a `ValueError` unless some leaf of `x` holds images that a quarter turn changes, and all are square.
+
+    Without one, turned classes would be one and the same row under several labels.
     """
-    if sum(shares) > classes:
-        raise ValueError(f"groups of {shares} classes need {sum(shares)}, the set has {classes}; ask for fewer")
-    order = np.random.default_rng(seed).permutation(classes)
-    return [np.sort(part) for part in np.split(order[: sum(shares)], np.cumsum(shares)[:-1])]
+    images = [leaf.shape for leaf in jax.tree.leaves(x) if leaf.ndim >= 3]
+    if not images:
+        shapes = ", ".join(str(list(leaf.shape)) for leaf in jax.tree.leaves(x))
+        raise ValueError(
+            f"{function}: rotations turn images [n, h, w] or [n, h, w, channels], got rows of shape {shapes}; leave "
+            "rotations out, or reshape the rows to images"
+        )
+    for shape in images:
+        if shape[1] != shape[2] or shape[1] < 2:
+            raise ValueError(
+                f"{function}: rotations need square images of at least 2 x 2 pixels, got {shape[1]} x {shape[2]}; "
+                "leave rotations out, or make the images square"
+            )
+
+
+def _check_integers(what: str, y: np.ndarray) -> None:
+    if y.dtype.kind in "iu":
+        return
+    given = f"{y.dtype}, {y[0]!s} the first"
+    if y.dtype.kind == "f":
+        odd = np.flatnonzero(~np.isfinite(y) | (y != np.floor(y)))
+        given = f"{y.dtype}, {y[odd[0]]} in row {odd[0]}" if len(odd) else f"{y.dtype}"
+    raise ValueError(
+        f"class_data: {what} must be integers, got {given}; number the classes first, as in "
+        "np.unique(y, return_inverse=True)[1]"
+    )
+
+
+def _check_rows(x: PyTree) -> None:
+    """Raises a `ValueError` for leaves that are no arrays of finite numbers, with the place of the first."""
+    if not jax.tree.leaves(x):
+        raise ValueError("class_data: x has no arrays; give an array of rows, or a dictionary of such arrays")
+    for place, leaf in jax.tree_util.tree_leaves_with_path(x):
+        name = f"x{jax.tree_util.keystr(place)}"
+        if not getattr(leaf, "ndim", 0):
+            raise ValueError(f"class_data: {name} must be an array [n, ...], got {type(leaf).__name__}")
+        if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
+            raise ValueError(f"class_data: {name} must hold numbers, got {leaf.dtype}; convert it first")
+        if jnp.issubdtype(leaf.dtype, jnp.inexact) and not (finite := np.isfinite(np.asarray(leaf))).all():
+            row, *cell = (int(i) for i in np.argwhere(~finite)[0])
+            raise ValueError(
+                f"class_data: {name} holds {int((~finite).sum())} NaN or infinite values, the first in row {row}"
+                f"{f' at {cell}' if cell else ''}; drop those rows or use np.nan_to_num"
+            )
 
 
 def draw_classes(key: Array, data: ClassData, ways: int, rotations: bool) -> tuple[Array, Array]:
@@ -97,7 +161,7 @@ def gather(data: ClassData, row: Array, turn: Array | None) -> PyTree:
 
     def turned(leaf: Array) -> Array:
         x = leaf[row]
-        if leaf.ndim < 3:
+        if leaf.ndim < 3:  # what stands beside the images; `check_rotations` has seen that there are some
             return x
         height = row.ndim
         turns = [x] + [jnp.rot90(x, i, axes=(height, height + 1)) for i in (1, 2, 3)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.base import Batch, Problem, empty_batch, require, take
-from metaal_jax.tasks.class_data import ClassData
+from metaal_jax.tasks.class_data import ClassData, check_count
 
 
 def composed_problems(
@@ -45,9 +45,10 @@ def composed_problems(
     """
     for name, value, least in (
         ("ways", ways, 2), ("pool", pool, 1), ("test", test, 1), ("validation", validation, 0), ("parts", parts, 1),
-        ("imbalance", imbalance, 1.0),
     ):  # fmt: skip
-        require(value >= least, f"composed_problems: {name} must be at least {least}, got {value}")
+        check_count("composed_problems", name, value, least)
+    require(imbalance >= 1, f"composed_problems: imbalance must be at least 1, got {imbalance}")
+    require(imbalance < jnp.inf, f"composed_problems: imbalance must be finite, got {imbalance}")
 
     def sample(key: Array, data: ClassData) -> Problem:
         keys = jax.random.split(key, 8)

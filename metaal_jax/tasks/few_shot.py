@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 
 from metaal_jax.base import Batch, Task, empty_batch, require
-from metaal_jax.tasks.class_data import ClassData, draw_classes, draw_rows, gather
+from metaal_jax.tasks.class_data import ClassData, check_count, check_rotations, draw_classes, draw_rows, gather
 
 
 def few_shot(*, ways: int, shots: int, queries: int, rotations: bool = False) -> Callable[[Array, ClassData], Task]:
@@ -22,14 +22,17 @@ def few_shot(*, ways: int, shots: int, queries: int, rotations: bool = False) ->
       A sampler `(key, data) -> Task`. Rows that a class does not have get weight 0, support before query.
 
     Raises:
-      ValueError: for numbers below 1, in the sampler for more ways than classes.
+      ValueError: for numbers that are no positive integers; in the sampler for more ways than classes, or for rotations
+        of rows that are no square images.
 
     Reference: Vinyals et al.: Matching Networks for One Shot Learning, 2016.
     """
     for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
-        require(value >= 1, f"few_shot: {name} must be at least 1, got {value}")
+        check_count("few_shot", name, value)
 
     def sample(key: Array, data: ClassData) -> Task:
+        if rotations:
+            check_rotations("few_shot", data.x)
         class_key, row_key = jax.random.split(key)
         label, turn = draw_classes(class_key, data, ways, rotations)
         row, real = draw_rows(row_key, data, label, shots + queries)
@@ -74,14 +77,19 @@ def growing(
       A sampler `(key, data) -> Task`. Where a class has too few rows, queries come first and the rest has weight 0.
 
     Raises:
-      ValueError: for numbers below 1 or `smallest > labels`, in the sampler for more ways than classes.
+      ValueError: for numbers out of range or `smallest > labels`; in the sampler for more ways than classes, or for
+        rotations of rows that are no square images.
     """
     for name, value in (("ways", ways), ("labels", labels), ("queries", queries)):
-        require(value >= 1, f"growing: {name} must be at least 1, got {value}")
-    require(0 <= smallest <= labels, f"growing: smallest must lie in 0..{labels}, got {smallest}")
-    require(concentration > 0, f"growing: concentration must be > 0, got {concentration}")
+        check_count("growing", name, value)
+    check_count("growing", "smallest", smallest, 0)
+    require(smallest <= labels, f"growing: smallest must lie in 0..{labels}, got {smallest}")
+    require(concentration > 0, f"growing: concentration must be positive, got {concentration}")
+    require(concentration < np.inf, f"growing: concentration must be finite, got {concentration}")
 
     def sample(key: Array, data: ClassData) -> Task:
+        if rotations:
+            check_rotations("growing", data.x)
         class_key, row_key, size_key, share_key, spread_key = jax.random.split(key, 5)
         label, turn = draw_classes(class_key, data, ways, rotations)
         row, real = draw_rows(row_key, data, label, min(queries + labels, data.rows.shape[1]))
@@ -119,11 +127,14 @@ def minibatches(*, rows: int, rotations: bool = False) -> Callable[[Array, Class
       A sampler `(key, data) -> Task` whose support is empty (one row of weight 0) and whose query is the mini-batch.
 
     Raises:
-      ValueError: for `rows < 1`.
+      ValueError: for `rows` that is no positive integer; in the sampler for rotations of rows that are no square
+        images.
     """
-    require(rows >= 1, f"minibatches: rows must be at least 1, got {rows}")
+    check_count("minibatches", "rows", rows)
 
     def sample(key: Array, data: ClassData) -> Task:
+        if rotations:
+            check_rotations("minibatches", data.x)
         row_key, turn_key = jax.random.split(key)
         row = jax.random.randint(row_key, (rows,), 0, data.y.shape[0])
         turn = jax.random.randint(turn_key, (rows,), 0, 4) if rotations else None
@@ -140,13 +151,18 @@ def mixture(samplers: list[Callable], weights: list[float]) -> Callable[[Array, 
     All samplers must give tasks of the same shapes. Under `vmap` every sampler runs.
 
     Raises:
-      ValueError: where samplers and weights differ in number, or weights are not positive.
+      ValueError: without samplers, where samplers and weights differ in number, or where weights are not positive and
+        finite; in the sampler for another number of data sets than of samplers.
     """
-    if len(samplers) != len(weights) or min(weights) <= 0:
+    if not samplers:
+        raise ValueError("mixture: give at least one sampler")
+    if len(samplers) != len(weights) or not all(0 < weight < np.inf for weight in weights):
         raise ValueError(f"mixture: {len(samplers)} samplers need as many positive weights, got {weights}")
     log_weights = np.log(np.asarray(weights, np.float32))
 
     def sample(key: Array, data: tuple) -> Task:
+        if len(data) != len(samplers):
+            raise ValueError(f"mixture: {len(samplers)} samplers need as many data sets, got {len(data)}")
         if len(samplers) == 1:
             return samplers[0](key, data[0])
         which_key, task_key = jax.random.split(key)

@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array
 
 from metaal_jax.base import require
+from metaal_jax.tasks.class_data import check_count
 
 
 def shape_exemplars(
@@ -50,16 +51,29 @@ def shape_exemplars(
       `ink` is the share of bright pixels: close to 0 or 1, the class shows nothing and is better left out.
 
     Raises:
-      ValueError: for numbers out of range.
+      ValueError: for numbers out of range; in the sampler for what is no image of at least 2 x 2 pixels.
     """
-    require(examples >= 1, f"shape_exemplars: examples must be at least 1, got {examples}")
-    require(size >= 8, f"shape_exemplars: size must be at least 8, got {size}")
-    require(0 < crop[0] <= crop[1], f"shape_exemplars: crop must be two rising half-widths, got {crop}")
+    check_count("shape_exemplars", "examples", examples)
+    check_count("shape_exemplars", "size", size, 8)
+    require(
+        len(crop) == 2 and 0 < crop[0] <= crop[1] < np.inf,
+        f"shape_exemplars: crop must be two rising half-widths, got {crop}",
+    )
+    require((filled >= 0) & (filled <= 1), f"shape_exemplars: filled must be a probability, got {filled}")
+    for name, value in (("affine", affine), ("elastic", elastic), ("smoothing", smoothing)):
+        require(
+            (value >= 0) & (value < np.inf), f"shape_exemplars: {name} must be finite and not negative, got {value}"
+        )
     line = np.linspace(-1.0, 1.0, size, dtype=np.float32)
     grid_y, grid_x = np.meshgrid(line, line, indexing="ij")
     control = _interpolation(size, 4)
 
     def draw(key: Array, image: Array) -> tuple[Array, Array]:
+        if image.ndim not in (2, 3) or min(image.shape[:2]) < 2:
+            raise ValueError(
+                "shape_exemplars: an image must be [h, w] or [h, w, channels] of at least 2 x 2 pixels, got the shape "
+                f"{list(image.shape)}"
+            )
         keys = jax.random.split(key, 10)
         picture = _blurred(image, smoothing)
         middle = (picture.shape[0] - 1) / 2
