@@ -88,7 +88,9 @@ def test_sinusoids_are_those_of_the_paper(key):
     assert drawn.support.x.shape == (300, 50, 1)
     assert drawn.query.y.shape == (300, 200)
     assert drawn.query.y.dtype == jnp.float32
-    x, y = (np.concatenate([a, b], 1, dtype=np.float64) for a, b in zip(drawn.support[:2], drawn.query[:2], strict=True))
+    x, y = (
+        np.concatenate([a, b], 1, dtype=np.float64) for a, b in zip(drawn.support[:2], drawn.query[:2], strict=True)
+    )
     assert -5 <= x.min() < -4.9
     assert 4.9 < x.max() <= 5
     found = []
@@ -208,6 +210,7 @@ REFUSED = {
     ),
     "seen_classes: y must be integer classes": lambda: adapted(lambda: learners.seen_classes(TUNED), sinusoid()),
     "laplace: loss must be a likelihood": lambda: learners.laplace(TUNED, members=2, loss=losses.accuracy),
+    "cross_entropy: y must be integer classes": lambda: adapted(lambda: learners.laplace(TUNED, members=2), sinusoid()),
     "laplace: noise must be > 0": lambda: learners.laplace(TUNED, members=2, noise=0.0),
     "sinusoids: shots must be a positive integer, got 0": lambda: tasks.sinusoids(shots=0, queries=1),
     "sinusoids: amplitude must be": lambda: tasks.sinusoids(shots=1, queries=1, amplitude=(2.0, 1.0)),

@@ -27,7 +27,8 @@ def prototype_head(
 
     A prototype is the weighted mean of its class's embeddings. Logit `j` of row `z` is `z.c_j - |c_j|^2 / 2`, which
     equals `-|z - c_j|^2 / 2` up to a term shared by all classes. A class without a label has no prototype; its kernel
-    is 0 and its bias -inf (0 where no class has a label). Distances grow with the embedding's size, so a large embedding wants a small temperature.
+    is 0 and its bias -inf (0 where no class has a label). Distances grow with the embedding's size, so a large
+    embedding wants a small temperature.
 
     Args:
       embedding: float `[n, d]`.
