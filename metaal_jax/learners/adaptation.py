@@ -30,8 +30,8 @@ class Adaptation(NamedTuple):
       assemble: `(free, problem, *, step=None) -> params`; `step` (int `[]`) where it is not after the last one.
       objective: `(free, problem) -> []`, what the inner loop descends; None for a closed form.
       steps: number of inner steps; 0 for a closed form.
-      bent: whether the objective has terms beside the labels' loss (a proximal term, weight decay) that add curvature everywhere.
-      anchored: whether one of them is the proximal term, which depends on the meta-parameters.
+      bent: whether a proximal term or weight decay adds curvature to the objective everywhere.
+      anchored: whether there is a proximal term, which depends on the meta-parameters.
       moves_all: whether every parameter starts from the meta-parameters and may move, as Reptile needs.
       learns: names of learned hyperparameters.
     """
