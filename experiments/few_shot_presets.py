@@ -164,11 +164,11 @@ def make_learner(name: str, model: nn.Module, preset: Preset, *, testing: bool) 
     if name == "anil":
         return learners.anil(model, **sgd)
     if name == "meta_sgd":
-        return learners.meta_sgd(model, rate=preset.inner_rate, steps=steps, unroll=True, **common)
+        return learners.meta_sgd(model, **sgd)
     if name == "maml_plus_plus":
         return learners.maml_plus_plus(
-            model, rate=preset.inner_rate, steps=preset.inner_steps, anneal_steps=max(preset.steps // 4, 1),
-            per_step_norm=preset.norm != "none", unroll=True, **common,
+            model, optimizer=optax.sgd(preset.inner_rate), steps=preset.inner_steps,
+            anneal_steps=max(preset.steps // 4, 1), per_step_norm=preset.norm != "none", unroll=True, **common,
         )  # fmt: skip
     if name == "reptile":
         # The paper's Adam keeps its second moments from task to task. Begun anew in every task it was ten points behind

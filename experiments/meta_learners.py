@@ -45,7 +45,7 @@ def make_meta_learner(name: str, model: nn.Module, config: Any, *, testing: bool
             return learners.anil(model, **prototypes, **train)
         return learners.anil(model, optimizer=optax.adam(config.adapt_rate), steps=config.adapt_steps, **prototypes)
     if name == "meta_sgd":
-        return learners.meta_sgd(model, rate=config.own_rate, steps=config.own_steps, unroll=True)
+        return learners.meta_sgd(model, optimizer=optax.sgd(config.own_rate), steps=config.own_steps, unroll=True)
     if name == "reptile":
         inner = optax.sgd(config.reptile_rate)
         steps = config.reptile_adapt_steps if testing else config.reptile_steps

@@ -226,7 +226,10 @@ def test_gradients_of_weights_pass_through_the_mean_alone(key, hessian):
 def test_spreads_are_finite(key, name, size, sure):
     spread = SPREADS[name][0]
     keys = jax.random.split(key, 3)
-    z, curvature = size * jax.random.normal(keys[0], (40, 9)), class_curvature(sure * jax.random.normal(keys[1], (40, 5)))
+    z, curvature = (
+        size * jax.random.normal(keys[0], (40, 9)),
+        class_curvature(sure * jax.random.normal(keys[1], (40, 5))),
+    )
     noise = jax.random.normal(keys[2], (6, 9, 5))
     for weight in (jnp.ones(40), jnp.zeros(40), jnp.zeros(40).at[3].set(1.0)):
         drawn = spread(curvature, z, weight, 0.01, noise)

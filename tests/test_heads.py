@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from sklearn.linear_model import Ridge
 from sklearn.svm import LinearSVC
 
-from metaal_jax.learners.heads import ridge_head, svm_dual, svm_head, svm_residual
+from metaal_jax.learners.heads import prototype_head, ridge_head, svm_dual, svm_head, svm_residual
 from metaal_jax.losses import cross_entropy
 
 HEADS = {  # the head, its hyperparameters, features of 7 rows: more than rows for the dual form of ridge regression
@@ -245,12 +245,26 @@ def test_padding_and_classes_without_a_label(name):
     fit = jax.jit(head, static_argnums=3)
     made = fit(embedding, y, weight, 3, **hyper)
     junk = 50.0 * np.random.default_rng(5).normal(size=(4, width)).astype(np.float32)
-    longer = np.concatenate([junk, embedding]), np.concatenate([np.asarray([4, 1, 3, 0], np.int32), y])
-    padded = fit(*longer, np.concatenate([np.zeros(4, np.float32), weight]), 5, **hyper)
-    np.testing.assert_allclose(padded["kernel"][:, :3], made["kernel"], atol=2e-5)
-    np.testing.assert_allclose(padded["bias"][:3], made["bias"], atol=2e-5)
-    np.testing.assert_array_equal(padded["kernel"][:, 3:], 0.0)
-    np.testing.assert_array_equal(padded["bias"][3:], -np.inf)
+    for padding in (junk, np.full_like(junk, np.nan), np.full_like(junk, -1e30)):
+        longer = np.concatenate([padding, embedding]), np.concatenate([np.asarray([4, 1, 3, 99], np.int32), y])
+        padded = fit(*longer, np.concatenate([np.zeros(4, np.float32), weight]), 5, **hyper)
+        np.testing.assert_allclose(padded["kernel"][:, :3], made["kernel"], atol=2e-5)
+        np.testing.assert_allclose(padded["bias"][:3], made["bias"], atol=2e-5)
+        np.testing.assert_array_equal(padded["kernel"][:, 3:], 0.0)
+        np.testing.assert_array_equal(padded["bias"][3:], -np.inf)
+
+
+def test_a_class_without_a_label_is_never_predicted_however_far_the_others_are():
+    """-1000 was nearer than the classes of an embedding of this size."""
+    rows = jnp.asarray([[0.0, 0.0], [10.0, 5.0], [5.0, 10.0]])
+    head = prototype_head(60.0 * jnp.eye(2), jnp.asarray([0, 1]), jnp.ones(2), 3)
+    logits = rows @ head["kernel"] + head["bias"]
+    assert logits[0, 0] == logits[0, 1]
+    np.testing.assert_array_equal(logits.argmax(-1)[1:], [0, 1])
+    assert np.isneginf(logits[:, 2]).all()
+    for make in (ridge_head, svm_head):
+        head = make(1e4 * jnp.eye(2), jnp.asarray([0, 1]), jnp.ones(2), 3, scale=1e6)
+        assert np.isneginf(1e4 * rows @ head["kernel"] + head["bias"])[:, 2].all()
 
 
 @pytest.mark.parametrize("width", [4, 9])
@@ -289,11 +303,14 @@ def test_degenerate_sets_give_finite_heads_and_derivatives(name):
     run = jax.jit(jax.value_and_grad(query_loss(name), argnums=(0, 1, 2)))
     for case, rows in [(case, rows) for case in DEGENERATE for rows in (embedding, equal, 0 * embedding)]:
         labels, weights = DEGENERATE[case](y, weight)
-        for leaf in jax.tree.leaves(run(rows, weights.astype(np.float32), hyper, labels, query, query_y)):
+        value, grads = run(rows, weights.astype(np.float32), hyper, labels, query, query_y)
+        # Of classes that are ruled out the loss is infinite; it teaches the other classes all the same.
+        assert np.isfinite(value) if len(set(labels[weights > 0])) in (0, 3) else value == np.inf, case
+        for leaf in jax.tree.leaves(grads):
             assert np.isfinite(leaf).all(), case
     made = jax.jit(HEADS[name][0], static_argnums=3)(embedding, y, 0 * weight, 3, **hyper)
     np.testing.assert_array_equal(made["kernel"], 0.0)
-    np.testing.assert_array_equal(made["bias"], -np.inf)
+    np.testing.assert_array_equal(made["bias"], 0.0)
 
 
 @each_head

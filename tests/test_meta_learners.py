@@ -65,9 +65,7 @@ NORMED = {
     "r2d2, support statistics": lambda model: learners.r2d2(model, statistics="support"),
 }
 OTHERS = {
-    "maml_plus_plus": lambda model: learners.maml_plus_plus(
-        model, optimizer=SGD, steps=2, anneal_steps=10
-    ),
+    "maml_plus_plus": lambda model: learners.maml_plus_plus(model, optimizer=SGD, steps=2, anneal_steps=10),
     "reptile": lambda model: learners.reptile(model, optimizer=SGD, steps=3, minibatch=3),
     "implicit_maml": lambda model: learners.implicit_maml(model, optimizer=SGD, steps=5, proximal=1.0),
 }
@@ -413,6 +411,35 @@ def test_no_labels_give_the_meta_parameters_own_predictor(key):
         jax.tree.map(np.testing.assert_array_equal, params, {"params": meta["params"]})
 
 
+SINGULAR = {  # their derivative at a gradient of 0 is NaN
+    "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+    "adam": optax.adam(0.1),
+    "normalize_by_update_norm": optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+def test_an_optimiser_that_is_singular_at_0_and_a_task_without_labels(key, name):
+    """Without labels the meta-gradient is that of pre-training on the query rows; without those, too, it is 0."""
+    batch = example(key)
+    nothing = empty_batch(batch.x, 7)
+    plain = learners.fine_tune(MLP, optimizer=SGD, steps=1)
+    for options in ({}, {"rates": "parameter", "per_step": True}, {"adapted": "head"}):
+        learner = learners.maml(MLP, optimizer=SINGULAR[name], steps=2, **options)
+        meta = learner.init(key, batch.x)
+
+        @jax.jit
+        def gradient(task, learner=learner, meta=meta):
+            return learner.meta_grad(key, meta, task, step=jnp.int32(0))[0]
+
+        for leaf in jax.tree.leaves(gradient(Task(nothing, nothing))):
+            np.testing.assert_array_equal(leaf, 0.0)
+        wanted = plain.meta_grad(key, {"params": meta["params"]}, Task(nothing, batch), step=jnp.int32(0))[0]
+        got = gradient(Task(nothing, batch))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got["params"], wanted["params"])
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(got.get("hyper", 0.0)))
+
+
 def test_supervised_rows_have_the_sets_own_classes(key):
     x = np.zeros((12, 4, 4, 1), np.uint8)
     x[:, 0, 0, 0] = np.arange(12)
@@ -471,6 +498,13 @@ WRONG = {
     "a learned decay starts": lambda: gradient_steps(MLP, optimizer=SGD, steps=1, learn=("decay",)),
     "learn it with head='prototypes'": lambda: gradient_steps(MLP, optimizer=SGD, steps=1, learn=("temperature",)),
     "remat needs the steps in a loop": lambda: gradient_steps(MLP, optimizer=SGD, steps=2, remat=True, unroll=True),
+    "optimizer must work from gradients alone, and this one asks for 'value', 'grad', and 'value_fn'": lambda: (
+        learners.maml(MLP, optimizer=optax.lbfgs(), steps=1)
+    ),
+    "asks for 'value'; use optax.sgd": lambda: learners.fine_tune(MLP, optimizer=optax.polyak_sgd(), steps=1),
+    "optimizer must be an Optax transformation such as optax.sgd.0.1., got 0.1": lambda: learners.meta_sgd(
+        MLP, optimizer=0.1
+    ),
     "per_step needs rates": lambda: gradient_steps(MLP, optimizer=SGD, steps=1, per_step=True),
     "a batch norm layer needs all rows": lambda: gradient_steps(CONV, optimizer=SGD, steps=1, microbatch=2),
     "adapted must be one of": lambda: gradient_steps(MLP, optimizer=SGD, steps=1, adapted="tail"),

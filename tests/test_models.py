@@ -4,9 +4,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from metaal_jax import models
+from metaal_jax import learners, models
 
 CONVOLUTIONS = {  # features, kernel, strides, image height and width
     "stride 1, odd and even": ((3, 3), (1, 1), (7, 6)),
@@ -200,3 +201,90 @@ WRONG = {
 def test_wrong_arguments_are_named(name):
     with pytest.raises(ValueError, match=name):
         WRONG[name]()
+
+
+class Own(nn.Module):
+    """Somebody's network, put together from one strange layer."""
+
+    layer: nn.Module
+
+    @nn.compact
+    def __call__(self, x, weight=None):
+        x = self.layer(nn.Dense(4)(x))
+        return nn.Dense(3, name="head")(x), x
+
+
+class Unweighted(nn.Module):
+    """It takes no weights."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="head")(x), x
+
+
+class Training(nn.Module):
+    """Its second argument is another one."""
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(3, name="head")(x), x
+
+
+class Logits(nn.Module):
+    """It returns no embedding."""
+
+    @nn.compact
+    def __call__(self, x, weight=None):
+        return nn.Dense(3, name="head")(x)
+
+
+class Several(nn.Module):
+    """It takes whatever comes."""
+
+    @nn.compact
+    def __call__(self, *args):
+        return nn.Dense(3, name="head")(args[0]), args[0]
+
+
+FOREIGN = {
+    "flax.linen.BatchNorm keeps running statistics.*use metaal_jax.models.BatchNorm": Own(
+        nn.BatchNorm(use_running_average=False)
+    ),
+    "Dropout of flax.linen would never drop.*metaal_jax.models.Dropout": Own(nn.Dropout(0.5, deterministic=True)),
+    "Unweighted must take the rows' weights: write `def __call__.self, x, weight=None.`": Unweighted(),
+    "Training must take the rows' weights": Training(),
+    "Logits must return .logits .n, c., embedding .n, d..*it returned": Logits(),
+}
+MADE = {
+    "maml": lambda model: learners.maml(model, optimizer=optax.sgd(0.1), steps=1),
+    "r2d2": learners.r2d2,
+    "loss_predictor": lambda model: learners.loss_predictor(model, optimizer=optax.sgd(0.1), steps=1),
+}
+
+
+@pytest.mark.parametrize("message", FOREIGN)
+@pytest.mark.parametrize("name", MADE)
+def test_a_module_that_is_no_model_is_told_what_is_wanted(key, name, message):
+    with pytest.raises(ValueError, match=message):
+        MADE[name](FOREIGN[message]).init(key, jnp.zeros((2, 5)))
+
+
+def test_other_layers_of_flax_are_welcome(key):
+    for model in (Own(nn.Dropout(0.0, deterministic=True)), Own(nn.LayerNorm()), Own(nn.GroupNorm(2)), Several()):
+        meta = MADE["maml"](model).init(key, jnp.zeros((2, 5)))
+        assert "head" in meta["params"]
+
+
+def test_batch_norm_with_nan_in_padding(key):
+    x = jax.random.normal(key, (5, 4))
+    norm, weight = models.BatchNorm(), jnp.asarray([1.0, 1, 1, 1, 1, 0, 0])
+    variables = norm.init(key, x)
+
+    def loss(scale, x):
+        y = norm.apply({"params": {"scale": scale, "bias": jnp.zeros(4)}}, x, weight[: len(x)])
+        return (jnp.sin(y[:5]) * jnp.arange(4)).sum()
+
+    padded = jnp.concatenate([x, jnp.full((2, 4), jnp.nan)])
+    for got, wanted in zip(*(jax.value_and_grad(loss)(variables["params"]["scale"], z) for z in (padded, x)),
+                           strict=True):  # fmt: skip
+        np.testing.assert_allclose(got, wanted, rtol=1e-6)

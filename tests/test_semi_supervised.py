@@ -7,6 +7,7 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 from jax.scipy.special import xlogy
+from sklearn.datasets import make_moons
 
 import metaal_jax as ml
 from metaal_jax import Batch, Learner, Prediction, check_learner, learners, models
@@ -180,16 +181,56 @@ def test_random_choice_differs_by_key_and_a_tie_is_not_broken_by_position(key):
         assert len({row.tobytes() for row in np.asarray(chosen)}) > 1
 
 
+@pytest.mark.parametrize("alpha", [0.9, 0.97, 0.995])
+def test_labels_reach_the_other_end_of_two_moons(alpha):
+    """400 rows, one label at each outer end: what arrives is a millionth of what left, and still decides."""
+    x, y = make_moons(400, noise=0.05, random_state=0)
+    ends = [np.where(y == 0, x[:, 0], np.inf).argmin(), np.where(y == 1, x[:, 0], -np.inf).argmax()]
+    labels = np.zeros((400, 2), np.float32)
+    labels[ends, [0, 1]] = 1.0
+    run = jax.jit(lambda x: propagate(x, jnp.ones(400, bool), labels, neighbours=10, alpha=alpha, steps=1000))
+    got, wanted = np.asarray(run(x.astype(np.float32))), reference(x, labels, 10, alpha)
+    assert (got.max(1) > 0).all()
+    assert wanted.max(1).min() < 2e-2
+    np.testing.assert_array_equal(got.argmax(1), y)
+    reached = wanted > 1e-15
+    np.testing.assert_allclose(got[reached], wanted[reached], rtol=2e-3)
+    np.testing.assert_array_equal(got[~reached], 0.0)
+
+
+def test_propagation_can_be_vmapped(key):
+    z = jax.random.normal(key, (3, 30, 2)) * jnp.asarray([1.0, 5.0, 0.1])[:, None, None]
+    labels = jnp.zeros((30, 2)).at[0, 0].set(1.0).at[1, 1].set(1.0)
+
+    def run(z, alpha):
+        return propagate(z, jnp.ones(30, bool), labels, neighbours=3, alpha=alpha, steps=1000)
+
+    alpha = jnp.asarray([0.3, 0.97, 0.9])
+    together = jax.jit(jax.vmap(run))(z, alpha)
+    for i in range(3):
+        np.testing.assert_allclose(together[i], run(z[i], alpha[i]), rtol=1e-3, atol=1e-7)
+
+
 @pytest.mark.parametrize("wrap", [pseudo_labels, label_propagation])
-def test_zeros_at_the_end_of_the_pool_change_nothing(key, wrap):
+def test_probabilities_of_0_and_1_are_classes(key, wrap):
+    batch, pool = example(key), jax.random.normal(jax.random.fold_in(key, 1), (20, 4))
+    learner, soft = wrap(TUNED, rows=8), batch._replace(y=jax.nn.one_hot(batch.y, 3))
+    meta = learner.init(key, batch.x)
+    a, b = (learner.adapt(key, meta, one, unlabelled=pool) for one in (batch, soft))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), a, b)
+
+
+@pytest.mark.parametrize("wrap", [pseudo_labels, label_propagation])
+def test_padding_at_the_end_of_the_pool_changes_nothing(key, wrap):
     batch = example(key)
     pool = jax.random.normal(jax.random.fold_in(key, 1), (20, 4))
     learner = wrap(TUNED, rows=8)
     meta = learner.init(key, batch.x)
     adapt = jax.jit(learner.adapt)
-    padded = adapt(key, meta, batch, unlabelled=jnp.pad(pool, [(0, 5), (0, 0)]))
     plain = adapt(key, meta, batch, unlabelled=pool)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), padded, plain)
+    for bad in (0.0, jnp.nan, jnp.inf):
+        padded = adapt(key, meta, batch, unlabelled=jnp.pad(pool, [(0, 5), (0, 0)], constant_values=bad))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), padded, plain)
     # Labelled rows that stand in the pool, too, are not learned twice.
     twice = adapt(key, meta, batch, unlabelled=jnp.concatenate([pool, batch.x]))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), twice, plain)

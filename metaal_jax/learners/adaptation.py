@@ -30,8 +30,8 @@ class Adaptation(NamedTuple):
       assemble: `(free, problem, *, step=None) -> params`; `step` (int `[]`) where it is not after the last one.
       objective: `(free, problem) -> []`, what the inner loop descends; None for a closed form.
       steps: number of inner steps; 0 for a closed form.
-      bent: whether the objective has terms beside the labels' (a proximal term, weight decay) that bend it everywhere.
-      anchored: whether one of them is the proximal term, which depends on the meta-parameters.
+      bent: whether a proximal term or weight decay adds curvature to the objective everywhere.
+      anchored: whether there is a proximal term, which depends on the meta-parameters.
       moves_all: whether every parameter starts from the meta-parameters and may move, as Reptile needs.
       learns: names of learned hyperparameters.
     """
@@ -112,9 +112,9 @@ def init_of(model: nn.Module) -> InitFn:
 
 
 def _check_signature(model: nn.Module) -> None:
-    names = list(inspect.signature(type(model).__call__).parameters.values())[1:]
-    second = names[1] if len(names) > 1 else None
-    if second is None or (second.name != "weight" and second.kind is not inspect.Parameter.VAR_POSITIONAL):
+    taken = list(inspect.signature(type(model).__call__).parameters.values())[1:3]
+    any_number = any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in taken)
+    if not any_number and (len(taken) < 2 or taken[1].name != "weight"):
         raise ValueError(
             f"{type(model).__name__} must take the rows' weights: write `def __call__(self, x, weight=None)`; only "
             "layers that look at the whole batch, such as models.BatchNorm, read them"

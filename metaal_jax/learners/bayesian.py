@@ -168,13 +168,16 @@ def laplace(
         start = None if start is None else without(("heads",), start)
         params = learner.adapt(adapt_key, meta, batch, unlabelled=unlabelled, start=start)
         head, batch = head_of(params, "laplace: the learner"), cleared(batch)
+        weight = batch.weight
         prediction = learner.predict(params, batch.x)
         require(prediction.logits.shape[0] == 1, "laplace: the learner must be a single model")
         outputs, z = lax.stop_gradient((prediction.logits[0], prediction.embedding[0]))
         z = jnp.concatenate([z, jnp.ones((z.shape[0], 1))], axis=1)
         draws = jax.random.normal(head_key, (members, z.shape[1], outputs.shape[1]))
-        bent = curvature(outputs, noise)
-        offset = spread(bent, z, lax.stop_gradient(batch.weight), prior_precision, draws)
+        jax.eval_shape(loss, outputs, batch.y, weight)  # it refuses labels of another kind
+        if loss is losses.cross_entropy:
+            _, weight = losses.class_targets("laplace", batch.y, weight, outputs.shape[1])
+        offset = spread(curvature(outputs, noise), z, lax.stop_gradient(weight), prior_precision, draws)
         return {**params, "heads": {"kernel": head["kernel"] + offset[:, :-1], "bias": head["bias"] + offset[:, -1]}}
 
     def predict(params: PyTree, x: PyTree, /) -> Prediction:

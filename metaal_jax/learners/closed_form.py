@@ -166,7 +166,7 @@ def r2d2(
 ) -> Learner:
     """R2-D2: ridge regression on the embedding, with learned regularisation and scale (MetaOptNet-RR without them).
 
-    With `loss=losses.squared_error` it is what its name says, regression onto float targets.
+    With `loss=losses.squared_error` it is plain ridge regression onto float targets.
 
     Args:
       model: a Flax module with a last layer named `head`.

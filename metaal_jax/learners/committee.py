@@ -12,10 +12,10 @@ from metaal_jax.base import Batch, Learner, Metrics, Prediction, PyTree, Task, r
 def committee(
     learner: Learner, *, members: int, source: Literal["bootstrap", "initialisation", "both"] = "bootstrap"
 ) -> Learner:
-    """`members` copies of a learner that differ, adapted and asked side by side by `vmap`.
+    """`members` copies of a learner that differ, adapted and evaluated side by side by `vmap`.
 
-    The same initialisation, steps and labels would give the same member over and over, so a committee names the
-    source of its difference:
+    The same initialisation, steps and labels would give identical members, so the source of their difference is
+    named:
 
     * `"bootstrap"`: every member weighs the labelled rows by its own draws from Exp(1), the Bayesian bootstrap, so
       that no class is lost from a small set. The meta-parameters are shared, as meta-learning wants.

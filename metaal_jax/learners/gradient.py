@@ -57,8 +57,8 @@ def gradient_steps(
 ) -> Adaptation:
     """Adaptation by `steps` steps of `optimizer` down the loss of the labelled rows, from the meta-parameters.
 
-    What is learned beside the initialisation stands in the meta-parameters' entry `hyper`, and the outer loop trains it
-    with the rest.
+    Learned hyperparameters are kept in the entry `hyper` of the meta-parameters; the outer loop trains them with the
+    initialisation.
 
     Args:
       model: a Flax module, see `metaal_jax.models`.
@@ -69,8 +69,8 @@ def gradient_steps(
         (`"body"`). The last two need a last layer named `head`.
       head: `"meta"` starts the last layer from the meta-parameters; `"prototypes"` from the class means of the
         labelled rows' embeddings (Proto-MAML), which suits any number of labels per class. The steps then see the
-        embedding less its mean over the labelled rows, since features after a ReLU share a large mean that would make
-        the head's gradients all but parallel; the result is folded back into the head. A class without a label is
+        embedding less its mean over the labelled rows, because features after a ReLU share a large mean that makes the
+        head's gradients nearly parallel; the result is folded back into the head. A class without a label is
         ruled out: its logit is -inf, and no step sees it. It needs a last layer named `head` with a bias. A warm start
         keeps the head it is given and adds the prototypes of classes that have had no label before.
       temperature: factor on the prototype head's logits, > 0.
@@ -85,7 +85,7 @@ def gradient_steps(
       per_step_norm: learns scale and bias of norm layers for each step; the inner loop does not move them.
       statistics: of `models.BatchNorm` layers when the adapted network predicts: those of the `"batch"` at hand
         (transductive) or of the labelled rows (`"support"`). Each inner step always uses those of its labelled rows.
-      minibatch: rows drawn for each step, without replacement among those of weight; None for all.
+      minibatch: rows drawn for each step, without replacement, from those of positive weight; None for all.
       microbatch: rows whose activations are held at a time in a step; None for all. The result is the same up to
         rounding; refused for models that say `normalises_by_batch`.
       remat: recomputes inner steps in the backward pass, see `inner_loop`; with `unroll=1`.

@@ -27,7 +27,8 @@ def prototype_head(
 
     A prototype is the weighted mean of its class's embeddings. Logit `j` of row `z` is `z.c_j - |c_j|^2 / 2`, which
     equals `-|z - c_j|^2 / 2` up to a term shared by all classes. A class without a label has no prototype; its kernel
-    is 0 and its bias -inf. Distances grow with the embedding's size, so a large embedding wants a small temperature.
+    is 0 and its bias -inf (0 where no class has a label). Distances grow with the embedding's size, so a large
+    embedding wants a small temperature.
 
     Args:
       embedding: float `[n, d]`.
@@ -50,8 +51,13 @@ def prototype_head(
     member = target.astype(embedding.dtype) * weight[:, None]
     count = member.sum(0)
     centres = (member.T @ embedding) / jnp.where(count > 0, count, 1.0)[:, None]
-    bias = jnp.where(count > 0, -0.5 * temperature * (centres**2).sum(-1), -jnp.inf)
+    bias = _without_absent(-0.5 * temperature * (centres**2).sum(-1), count, -jnp.inf)
     return {"kernel": temperature * centres.T, "bias": bias}
+
+
+def _without_absent(bias: Array, count: Array, absent: float) -> Array:
+    """`absent` as the bias of classes without a label; without any label at all no class is ruled out."""
+    return jnp.where((count > 0) | ~(count > 0).any(), bias, absent)
 
 
 @FULL_PRECISION
@@ -87,7 +93,8 @@ def ridge_head(
         weights tells what a first label of the class would change.
 
     Returns:
-      `{"kernel": [d, c], "bias": [c]}`. A class without a label has a kernel of 0 and the bias `absent`.
+      `{"kernel": [d, c], "bias": [c]}`. A class without a label has a kernel of 0 and the bias `absent`
+      (0 where no class has a label).
 
     Raises:
       ValueError: for `ridge <= 0`, or as many targets as there are not outputs.
@@ -121,7 +128,7 @@ def ridge_head(
     if intercept:
         bias = bias - centre @ kernel
     bias = scale * bias
-    return {"kernel": scale * kernel, "bias": bias if absent is None else jnp.where(count > 0, bias, absent)}
+    return {"kernel": scale * kernel, "bias": bias if absent is None else _without_absent(bias, count, absent)}
 
 
 @FULL_PRECISION
@@ -156,7 +163,7 @@ def svm_head(
 
     Returns:
       `{"kernel": [d, c], "bias": [c]}`. A class without a label is left out of the problem: its kernel is 0 and its
-      bias -inf.
+      bias -inf (0 where no class has a label).
 
     Raises:
       ValueError: for `penalty <= 0`, `ridge < 0`, `iterations < 1` or labels that are no integer classes.
@@ -167,7 +174,7 @@ def svm_head(
     embedding = clear_padding(embedding, weight)
     gram, target, size = _svm_problem(embedding, y, weight, classes, penalty, ridge)
     dual = svm_dual(gram, target, size, iterations=iterations)
-    bias = jnp.where(size @ target > 0, jnp.zeros(classes, dual.dtype), -jnp.inf)
+    bias = _without_absent(jnp.zeros(classes, dual.dtype), size @ target, -jnp.inf)
     return {"kernel": scale * (embedding.T @ dual), "bias": bias}
 
 

@@ -7,7 +7,7 @@ import optax
 from jax import Array, lax
 
 from metaal_jax import losses
-from metaal_jax.base import Batch, Learner, LossFn, Metrics, Prediction, PyTree, Task, require, take
+from metaal_jax.base import Batch, Learner, LossFn, Metrics, Prediction, PyTree, Task, is_classes, require, take
 from metaal_jax.learners.adaptation import (
     all_rows,
     apply,
@@ -20,7 +20,7 @@ from metaal_jax.learners.adaptation import (
     without,
 )
 from metaal_jax.learners.inner_loop import check_optimizer, inner_loop
-from metaal_jax.losses import weighted_mean
+from metaal_jax.losses import class_targets, weighted_mean
 
 
 def predict_loss(loss_head: PyTree, embedding: Array) -> Array:
@@ -116,7 +116,11 @@ def loss_predictor(
     def objective(params: PyTree, batch: Batch) -> tuple[Array, Metrics]:
         logits, embedding = apply(model, without(("loss_head",), params), batch.x, batch.weight)
         predicted = predict_loss(params["loss_head"], lax.stop_gradient(embedding) if detach else embedding)
-        ranking = ranking_loss(predicted, each_loss(logits, batch.y), batch.weight, margin=margin)
+        # A class that is none has no loss to predict.
+        weight = batch.weight
+        if is_classes(batch.y):
+            _, weight = class_targets("loss_predictor", batch.y, weight, logits.shape[1])
+        ranking = ranking_loss(predicted, each_loss(logits, batch.y), weight, margin=margin)
         value, metrics = metrics_of(loss, score, logits, batch)
         return value + strength * ranking, {**metrics, "ranking_loss": ranking}
 

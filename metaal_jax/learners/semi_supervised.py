@@ -100,8 +100,8 @@ def label_propagation(
 
     * `unlabelled=None` and a batch without labels give the base learner's own answer.
     * Pool rows whose input equals a labelled row's get no pseudo-label: their label is known. Nor do rows of zeros and
-      rows with NaN or infinities: nothing tells `adapt` which rows of `unlabelled` are padding, and these hardly are
-      anything else. Other padding is taken for real rows.
+      rows with NaN or infinities: nothing tells `adapt` which rows of `unlabelled` are padding, so these count as
+      padding, and anything else as a real row.
     * Labels are classes or class probabilities `[n, c]`, which is what is guessed; targets are refused.
     * Pseudo-labels are constants: derivatives of the adapted parameters pass through the last adaptation only.
     * `meta_grad` is the base learner's own, which looks at no pool: the wrappers are for using a meta-trained learner.
@@ -230,7 +230,7 @@ def _with_guesses(
     threshold: float | Array,
     choose: Choice,
 ) -> Learner:
-    """The learner that adapts to the labelled rows and to what `guess` thinks of the others."""
+    """The learner that adapts to the labelled rows and to others with the labels that `guess` gives them."""
     require(rows is None or rows >= 1, f"{name}: rows must be a positive integer or None, got {rows}")
     require(rounds >= 1, f"{name}: rounds must be a positive integer, got {rounds}")
     require(strength >= 0, f"{name}: strength must be at least 0, got {strength}")

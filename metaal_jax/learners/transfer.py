@@ -10,8 +10,8 @@ from metaal_jax.base import PyTree
 def transfer(source: PyTree, fresh: PyTree) -> PyTree:
     """`fresh` meta-parameters with every leaf of `source` that has the same name and shape.
 
-    So a body that was trained with another learner, or with another number of classes, starts a new one. A layer named
-    `head` and learned hyperparameters that do not fit stay fresh; all other parameters must fit.
+    A body that was trained with another learner, or for another number of classes, thus initialises a new one. A layer
+    named `head` and learned hyperparameters stay fresh where they do not fit; all other parameters must fit.
 
     Args:
       source: parameters or meta-parameters of any learner.

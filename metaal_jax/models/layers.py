@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from metaal_jax.losses import clear_padding
+
 
 def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
@@ -105,6 +107,7 @@ class BatchNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = wide if weight is None else clear_padding(wide, weight)
         collecting = self.is_mutable_collection("batch_stats") and not self.is_initializing()
         if self.has_variable("batch_stats", "mean") and not collecting:
             mean: Array = self.get_variable("batch_stats", "mean")
