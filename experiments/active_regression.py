@@ -24,15 +24,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from paired import holm, numbers, paired_p, shown_plain
-from report import write_results
-from runs import UsageError, arguments, command, environment, main
 from sklearn.datasets import load_diabetes
 from tabulate import tabulate
 from tqdm import tqdm
 
 from metaal_jax import acquisition, active_learner, learners, losses, metrics, models, tasks
 from metaal_jax.base import Learner, Policy, Problem
+from paired import holm, numbers, paired_p, shown_plain
+from report import write_results
+from runs import UsageError, arguments, command, environment, main
 
 FILES = {"abalone": "abalone.csv", "red wine": "winequality-red.csv"}
 SETS = ("diabetes", *FILES)
