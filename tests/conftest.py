@@ -33,6 +33,8 @@ import pytest  # noqa: E402
 gc.freeze()
 gc.set_threshold(100_000, 20, 100)
 
+collect_ignore = ["campaigns"]  # by commands of their own, see the README there
+
 # The files that take longest, longest first: begun last, one of them would be waited for.
 LONGEST = (
     "test_policy_experiments.py", "test_policies.py", "test_experiments.py",
