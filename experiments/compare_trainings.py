@@ -14,6 +14,7 @@ meta-parameters, or both; then every policy is played with every learner. All ar
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -25,16 +26,18 @@ from tqdm import tqdm
 
 import learn_policy
 import meta_active
-from forms import embedded_forms, kinds_of, main_job
-from metaal_jax.base import Policy, PyTree
+from forms import Kind, embedded_forms, kinds_of, main_job
+from metaal_jax.base import PyTree
 from metaal_jax.metrics import interval
 from paired import numbers, shown
 from policy_training import (
     BASELINE,
     TRAINED,
     WAYS,
+    Areas,
     areas,
     first_metas,
+    judge_of,
     make_chooser,
     make_network,
     make_trainers,
@@ -105,13 +108,13 @@ class Player(NamedTuple):
 
     Attributes:
       policy, learner: names.
-      chooser: the policy.
-      params, meta: its parameters, and the learner's.
+      play: what gives accuracies, see `areas`.
+      params, meta: the policy's parameters, and the learner's.
     """
 
     policy: str
     learner: str
-    chooser: Policy
+    play: Areas
     params: PyTree
     meta: PyTree
 
@@ -176,19 +179,25 @@ def job(config: Config) -> None:
               f"runs: {of_runs}")  # fmt: skip
 
 
+@functools.cache
+def rule_areas(arm: learn_policy.Config, kind: Kind) -> Areas:
+    """`areas` of the baseline."""
+    return areas(arm, kind, make_policy(BASELINE, need_of(arm, kind)))
+
+
 def players(config: Config, arms: dict, networks: dict, trained: dict, forms: tuple) -> list[Player]:
     """Every way's policy with the untrained learner; or every policy with every learner."""
     arm = next(iter(arms.values()))
     kind, network = kinds_of(config.kinds)[0], next(iter(networks.values()))
-    start = make_chooser(arm, kind, network)
+    start = make_chooser(arm, kind, network).init(jax.random.key(config.seed))
     learners: dict[str, PyTree] = {"start": first_metas(arm, forms[0])[0]}
-    choosers: dict[str, tuple[Policy, PyTree]] = {
-        BASELINE: (make_policy(BASELINE, need_of(arm, kind)), ()),
-        "start": (start, start.init(jax.random.key(config.seed))),
+    choosers: dict[str, tuple[Areas, PyTree]] = {
+        BASELINE: (rule_areas(arm, kind), ()),
+        "start": (judge_of(arm, kind, network), start),
     }
     for name, of in trained.items():
         if arms[name].train != "learner":
-            choosers[name] = (make_chooser(arms[name], kind, networks[name]), of.params)
+            choosers[name] = (judge_of(arm, kind, networks[name]), of.params)
         if arms[name].train != "policy":
             learners[name] = of.metas[0]
     return [Player(policy, learner, *choosers[policy], meta) for policy in choosers
@@ -199,15 +208,12 @@ def judge(
     config: Config, folder: RunFolder, arms: dict, networks: dict, trained: dict, forms: tuple, run: int
 ) -> dict[tuple[str, str], np.ndarray]:
     """Accuracies `[problems, rounds]` by policy and learner on the same held-out problems."""
-    arm = next(iter(arms.values()))
-    kind = kinds_of(config.kinds)[0]
     key = jax.random.fold_in(jax.random.key(config.seed), 7)
 
     def compute() -> list[dict]:
         found = []
         for player in tqdm(players(config, arms, networks, trained, forms), desc="report"):
-            play = areas(arm, kind, player.chooser)
-            accuracy = play(key, player.meta, player.params, forms[2], config.report_problems)
+            accuracy = player.play(key, player.meta, player.params, forms[2], config.report_problems)
             who = {"series": player.policy, "learner": player.learner, "run": run}
             found += [{**who, "problem": i, "accuracy": [round_to(v) for v in row]}
                       for i, row in enumerate(np.asarray(accuracy))]  # fmt: skip

@@ -43,6 +43,7 @@ from policy_training import (
     Trained,
     areas,
     first_metas,
+    judge_of,
     make_chooser,
     make_network,
     make_trainers,
@@ -256,15 +257,17 @@ def report(
 
     def compute() -> list[dict]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 7), place)
-        plain, meta = make_chooser(config, kind, network), trained.metas[place]
-        policy = make_chooser(config, kind, network, plan=config.plan) if planned else plain
+        plain, meta = judge_of(config, kind, network), trained.metas[place]
+        policy = judge_of(config, kind, network, plan=config.plan) if planned else plain
+        start = make_chooser(config, kind, network).init(key)
         compared = {"policy": (policy, meta, trained.params),
-                    "start": (policy, first_metas(config, forms[0])[place], policy.init(key))}  # fmt: skip
+                    "start": (policy, first_metas(config, forms[0])[place], start)}  # fmt: skip
         compared |= {"one_by_one": (plain, meta, trained.params)} if planned else {}
-        compared |= {name: (make_policy(name, need_of(config, kind)), meta, ()) for name in rules_of(config, "rules")}
+        compared |= {name: (areas(config, kind, make_policy(name, need_of(config, kind))), meta, ())
+                     for name in rules_of(config, "rules")}  # fmt: skip
         found = []
-        for name, (chooser, *own) in tqdm(compared.items(), desc=f"report, {kind}"):
-            accuracy = areas(config, kind, chooser)(key, *own, forms[2], config.report_problems)
+        for name, (play, *own) in tqdm(compared.items(), desc=f"report, {kind}"):
+            accuracy = play(key, *own, forms[2], config.report_problems)
             found += [{"series": name, "kind": list(kind), "problem": i, "accuracy": [round_to(v) for v in row]}
                       for i, row in enumerate(np.asarray(accuracy))]  # fmt: skip
         return found

@@ -362,6 +362,7 @@ def job(config: Config) -> None:
         for name, meta_job in meta_jobs.items()
     }
     study = active(config, setting, folder, active_key, metas, arms)
+    folder.close()
     text = table(study)
     (folder.path / "table.txt").write_text(text + "\n")
     names_of = {"source": Path(config.source).stem, "target": Path(config.target).stem}

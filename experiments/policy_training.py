@@ -3,6 +3,7 @@
 What `learn_policy.py` and the scripts that compare trainings share; `config` is that of `learn_policy.py`.
 """
 
+import dataclasses
 import functools
 import math
 import shutil
@@ -228,6 +229,35 @@ def areas(config: Any, kind: Kind, policy: Policy) -> Areas:
     return run
 
 
+def seedless(config: Any) -> Any:
+    """The config without its seed, which no program depends on: what differs by the seed alone is compiled once."""
+    return dataclasses.replace(config, seed=0)
+
+
+def judge_of(config: Any, kind: Kind, network: Any, *, plan: int = 1) -> Areas:
+    """`areas` of the policy, planned or not: one program for all who ask for it."""
+    return _judge_of(seedless(config), kind, network, plan)
+
+
+@functools.cache
+def _judge_of(config: Any, kind: Kind, network: Any, plan: int) -> Areas:
+    return areas(config, kind, make_chooser(config, kind, network, **({"plan": plan} if plan > 1 else {})))
+
+
+class Programs(NamedTuple):
+    """What a training compiles: the trainer's `init`, and its `run` over the steps of a piece."""
+
+    init: Callable
+    run: Callable
+
+
+@functools.cache
+def programs_of(config: Any, network: Any) -> Programs:
+    """The programs of a config without its seed."""
+    trainer = make_trainers(config, network)
+    return Programs(jax.jit(trainer.init), jax.jit(functools.partial(trainer.run, steps=config.piece_steps)))
+
+
 class Trained(NamedTuple):
     """What a training gives.
 
@@ -250,14 +280,14 @@ def train(config: Any, folder: RunFolder, network: Any, forms: tuple) -> Trained
     `forms` are those of training, of validation and of the report.
     """
     kinds = kinds_of(config.kinds)
-    judges = [areas(config, kind, make_chooser(config, kind, network)) for kind in kinds]
-    trainer, metas = make_trainers(config, network), first_metas(config, forms[0])
+    judges = [judge_of(config, kind, network) for kind in kinds]
+    programs, metas = programs_of(seedless(config), network), first_metas(config, forms[0])
     alone = config.train != "policy"
     init_key, run_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
     data = forms[0] if alone else (forms[0],) * len(kinds)
-    state = jax.jit(trainer.init)(init_key, metas[0] if alone else metas, data)
+    state = programs.init(init_key, metas[0] if alone else metas, data)
     # Compiled here, so that the time to train is time spent on training.
-    run = jax.jit(functools.partial(trainer.run, steps=config.piece_steps)).lower(run_key, state, data).compile()
+    run = programs.run.lower(run_key, state, data).compile()
     path = lambda piece, what="params": folder.path / "checkpoints" / f"{what}_{piece:02d}"  # noqa: E731
     shape = state
     records: list[dict] = []

@@ -190,6 +190,12 @@ class RunFolder:
         self._board.add_scalar(tag, value, at)
         self._board.flush()
 
+    def close(self) -> None:
+        """Writes what the board still holds back, and closes it."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
 
 def round_to(value) -> float:
     """A float with the digits that float32 has."""

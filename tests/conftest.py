@@ -1,39 +1,65 @@
 """What all tests share: four forced host devices, keys, and the rule for tests that need real data."""
 
+import contextlib
+import gc
 import os
 import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import compiled
 
 # Before jax is imported: flags and the number of host devices are read once. Most of the tests' time is compilation,
-# and their arrays are small: programs are little optimised. The scripts that `test_experiments.py` starts have jax's
-# own flags.
+# and their arrays are small: programs are little optimised, and not split for more cores than a worker has. Fusions
+# are emitted in the old way, which takes half the time; a flag that XLA does not know ends the process, so both are
+# given to the versions that are known to have them. The scripts that tests start are compiled in the same way.
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+if version("jaxlib").startswith("0.10."):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What is traced anew is compiled once. Each worker has a folder of its own: entries are not written atomically.
+os.environ.setdefault("JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS", "0")
+# What is traced anew is compiled once; each worker has a folder of its own.
 COMPILED = tempfile.TemporaryDirectory(prefix="metaal-compiled-", ignore_cleanup_errors=True)
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+KEPT = compiled.kept()
+with contextlib.suppress(OSError):  # nothing kept, or nothing that may be read
+    compiled.borrow(Path(COMPILED.name), KEPT)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# Files whose tests share what is costly to set up.
-TOGETHER = (
-    "test_shapes.py", "test_experiments.py", "test_few_shot.py", "test_outer.py", "test_policy_experiments.py",
-    "test_strategy_experiment.py",
+# Tracing makes many objects that live long: to look for cycles among them at every turn costs a tenth of the time.
+gc.freeze()
+gc.set_threshold(100_000, 20, 100)
+
+collect_ignore = ["campaigns"]  # by commands of their own, see the README there
+
+# The files that take longest, longest first: begun last, one of them would be waited for.
+LONGEST = (
+    "test_policy_experiments.py", "test_policies.py", "test_experiments.py",
 )  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first; each file stays in one piece."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Under `pytest -n`, the files of `TOGETHER` stay on one worker each; all other tests go where there is room."""
-    from xdist.scheduler import LoadScopeScheduling
+    """Under `pytest -n` a file stays on one worker, which compiles what its tests share once; in the order above."""
+    from xdist.scheduler import LoadFileScheduling
 
-    class Scheduling(LoadScopeScheduling):
-        def _split_scope(self, nodeid):
-            file = nodeid.partition("::")[0]
-            return file if file.endswith(TOGETHER) else nodeid
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log) if config.getvalue("dist") == "load" else None
 
-    return Scheduling(config, log) if config.getvalue("dist") == "load" else None
+
+def pytest_sessionfinish():
+    """What this process has compiled is kept for the next run, where the user's cache can be written."""
+    with contextlib.suppress(OSError):
+        compiled.give_back(Path(COMPILED.name), KEPT)
 
 
 @pytest.fixture

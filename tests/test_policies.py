@@ -25,10 +25,22 @@ NETWORKS = {
 }
 
 
+@jax.jit
 def bent(params, key, size=0.5):
     """Parameters with noise, so that no layer is at its start."""
     flat, back = jax.flatten_util.ravel_pytree(params)
     return back(flat + size * jax.random.normal(key, flat.shape))
+
+
+def jitted(policy):
+    """The policy, each function one program: called eagerly, every operation in it is compiled by itself."""
+
+    def of(record, *names):
+        parts = {name: getattr(record, name) for name in names}
+        return record._replace(**{name: jax.jit(part) for name, part in parts.items() if part is not None})
+
+    train = policy.train and of(policy.train, "observe", "evaluate")
+    return of(policy, "init", "begin", "act")._replace(train=train)
 
 
 @functools.partial(jax.jit, static_argnames="k")
@@ -178,7 +190,7 @@ class TestLearned:
 
     def test_a_plan_is_a_batch_of_one_row_a_class(self, name, key):
         view = make_view(0, 30, labelled=(1, 2), queried=(5,), classes=4)
-        policy, batch = (policies.learned(NETWORKS[name], k=k, plan=10) for k in (1, 4))
+        policy, batch = (jitted(policies.learned(NETWORKS[name], k=k, plan=10)) for k in (1, 4))
         check_policy(policy, key, view, k=1)
         params = bent(batch.init(key), key)
         wanted, _ = batch.act(key, params, batch.begin(key, params, view), view)
@@ -194,7 +206,7 @@ class TestLearned:
 
     def test_log_probabilities_by_enumeration(self, name, key):
         """All ordered batches of a tiny pool: `evaluate` sums to 1, agrees with `act`, and with how often it draws."""
-        policy = policies.learned(NETWORKS[name], k=2, sample=True)
+        policy = jitted(policies.learned(NETWORKS[name], k=2, sample=True))
         view = make_view(0, 5, labelled=(1,))
         params = bent(policy.init(key), key)
         state = policy.begin(key, params, view)
@@ -213,11 +225,11 @@ class TestLearned:
     def test_the_second_pick_knows_the_first(self, name, key):
         """With scores that are the gain in coverage, the batch is that of greedy coverage, step by step."""
         network = type(NETWORKS[name])(prior=policies.prior(coverage=1.0))
-        policy = policies.learned(network, k=4)
+        policy = jitted(policies.learned(network, k=4))
         view = make_view(2, 25)
         params = policy.init(key)
         state = policy.begin(key, params, view)
-        decision, _ = jax.jit(policy.act)(key, params, state, view)
+        decision, _ = policy.act(key, params, state, view)
         kernel = np.asarray(jnp.exp(-squared_distances(*(2 * [state.geometry.embedding])) / state.geometry.width))
         covered, wanted = np.zeros(25), []
         for _ in range(4):
@@ -308,7 +320,7 @@ def test_a_trainer_wants_a_policy_that_draws_as_many_rows(key):
 
 def test_what_is_drawn_is_what_is_evaluated(key):
     """With candidates, and in a pool that is longer than the shortlist; the first minibatch of PPO is not clipped."""
-    policy = policies.learned(NETWORKS["row"], k=3, sample=True, candidates=15, shortlist=8)
+    policy = jitted(policies.learned(NETWORKS["row"], k=3, sample=True, candidates=15, shortlist=8))
     view = make_view(0, 40, labelled=(1,))
     params = bent(policy.init(key), key)
     state = policy.begin(key, params, view)
@@ -360,6 +372,7 @@ def _toy_learner() -> Learner:
     )
 
 
+@functools.partial(jax.jit, static_argnames="n")
 def toy_problem(key, data, n=8):
     good = jax.random.permutation(key, jnp.arange(n) < n // 2).astype(jnp.float32)
     x = jnp.stack([good, 0.1 + 2.0 * (1.0 - good)], -1)
@@ -423,8 +436,9 @@ def test_every_way_of_training_solves_the_toy(name, key):
     if name == "classification":
         view_problem = toy_problem(key, ())
         active = active_learner(TOY, greedy, capacity=4)
-        start = active.init(key, jnp.zeros(()), state.params, view_problem)
-        probability = jax.nn.sigmoid(active.ask(key, jnp.zeros(()), state.params, start, view_problem)[0].scores)
+        start = jax.jit(active.init)(key, jnp.zeros(()), state.params, view_problem)
+        ask = jax.jit(active.ask)
+        probability = jax.nn.sigmoid(ask(key, jnp.zeros(()), state.params, start, view_problem)[0].scores)
         good = np.asarray(view_problem.x[:, 0] > 0)
         assert (np.asarray(probability)[good] > 0.5).all()
         assert (np.asarray(probability)[~good] < 0.5).all()
@@ -555,8 +569,7 @@ def test_rewards_add_up_to_area_and_to_labels():
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_relaxed_choice_tends_to_the_hard_one(k, key):
-    network = NETWORKS["row"]
-    policy = policies.learned(network, k=k)
+    policy = jitted(policies.learned(NETWORKS["row"], k=k))
     view = labelled_view()
     params = bent(policy.init(key), key)
     seen = policy.train.observe(key, policy.begin(key, params, view), view)
@@ -591,15 +604,15 @@ def test_relaxed_choice_tends_to_the_hard_one(k, key):
 @pytest.mark.parametrize("estimator", ["reinmax", "straight_through"])
 def test_gradients_at_the_hard_choice(estimator, key):
     """One pick that enters a loss quadratically: ReinMax is exact in the mean over all picks, a tangent is not."""
-    policy = policies.learned(NETWORKS["row"], k=1)
+    policy = jitted(policies.learned(NETWORKS["row"], k=1))
     view = make_view(0, 6)
     params = bent(policy.init(key), key)
     seen = policy.train.observe(key, policy.begin(key, params, view), view)
     scores = policy.train.score(params, seen)[0]
     linear, square = jax.random.normal(key, (6,)), jax.random.normal(jax.random.fold_in(key, 1), (6, 6))
     loss = lambda choice: linear @ choice + choice @ square @ choice  # noqa: E731
-    each = jax.vmap(loss)(jnp.eye(6))
-    exact = jax.grad(lambda scores: jax.nn.softmax(scores) @ each)(scores)
+    each = jax.jit(jax.vmap(loss))(jnp.eye(6))
+    exact = jax.jit(jax.grad(lambda scores: jax.nn.softmax(scores) @ each))(scores)
 
     @jax.jit
     def estimate(place):
@@ -666,7 +679,7 @@ class TestSelector:
              acquisition.top_k(acquisition.random, k=2))  # fmt: skip
 
     def test_contract_and_batches_of_equal_rules_add_up(self, key):
-        policy = policies.selector(self.rules, NETWORKS["row"], k=2, sample=True)
+        policy = jitted(policies.selector(self.rules, NETWORKS["row"], k=2, sample=True))
         view = make_view(0, 20, labelled=(1, 2), padding=3, members=1, classes=2)
         check_policy(policy, key, view, k=2)
         params = bent(policy.init(key), key)
