@@ -14,7 +14,6 @@ meta-parameters, or both; then every policy is played with every learner. All ar
 """
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 import learn_policy
 import meta_active
-from forms import Kind, embedded_forms, kinds_of, main_job
+from forms import embedded_forms, kinds_of, main_job
 from metaal_jax.base import PyTree
 from metaal_jax.metrics import interval
 from paired import numbers, shown
@@ -35,16 +34,13 @@ from policy_training import (
     TRAINED,
     WAYS,
     Areas,
-    areas,
+    areas_of,
     first_metas,
-    judge_of,
     make_chooser,
     make_network,
     make_trainers,
-    need_of,
     train,
 )
-from registry import make_policy
 from report import write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
 from strategies import main_config
@@ -179,12 +175,6 @@ def job(config: Config) -> None:
               f"runs: {of_runs}")  # fmt: skip
 
 
-@functools.cache
-def rule_areas(arm: learn_policy.Config, kind: Kind) -> Areas:
-    """`areas` of the baseline."""
-    return areas(arm, kind, make_policy(BASELINE, need_of(arm, kind)))
-
-
 def players(config: Config, arms: dict, networks: dict, trained: dict, forms: tuple) -> list[Player]:
     """Every way's policy with the untrained learner; or every policy with every learner."""
     arm = next(iter(arms.values()))
@@ -192,12 +182,12 @@ def players(config: Config, arms: dict, networks: dict, trained: dict, forms: tu
     start = make_chooser(arm, kind, network).init(jax.random.key(config.seed))
     learners: dict[str, PyTree] = {"start": first_metas(arm, forms[0])[0]}
     choosers: dict[str, tuple[Areas, PyTree]] = {
-        BASELINE: (rule_areas(arm, kind), ()),
-        "start": (judge_of(arm, kind, network), start),
+        BASELINE: (areas_of(arm, kind, rule=BASELINE), ()),
+        "start": (areas_of(arm, kind, network=network), start),
     }
     for name, of in trained.items():
         if arms[name].train != "learner":
-            choosers[name] = (judge_of(arm, kind, networks[name]), of.params)
+            choosers[name] = (areas_of(arm, kind, network=networks[name]), of.params)
         if arms[name].train != "policy":
             learners[name] = of.metas[0]
     return [Player(policy, learner, *choosers[policy], meta) for policy in choosers

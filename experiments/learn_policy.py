@@ -41,18 +41,15 @@ from policy_training import (
     TRAINED,
     WAYS,
     Trained,
-    areas,
+    areas_of,
     first_metas,
-    judge_of,
     make_chooser,
     make_network,
     make_trainers,
     moving_of,
-    need_of,
     rules_of,
     train,
 )
-from registry import make_policy
 from report import write_results
 from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
 from strategies import main_config
@@ -257,14 +254,13 @@ def report(
 
     def compute() -> list[dict]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 7), place)
-        plain, meta = judge_of(config, kind, network), trained.metas[place]
-        policy = judge_of(config, kind, network, plan=config.plan) if planned else plain
+        plain, meta = areas_of(config, kind, network=network), trained.metas[place]
+        policy = areas_of(config, kind, network=network, plan=config.plan) if planned else plain
         start = make_chooser(config, kind, network).init(key)
         compared = {"policy": (policy, meta, trained.params),
                     "start": (policy, first_metas(config, forms[0])[place], start)}  # fmt: skip
         compared |= {"one_by_one": (plain, meta, trained.params)} if planned else {}
-        compared |= {name: (areas(config, kind, make_policy(name, need_of(config, kind))), meta, ())
-                     for name in rules_of(config, "rules")}  # fmt: skip
+        compared |= {name: (areas_of(config, kind, rule=name), meta, ()) for name in rules_of(config, "rules")}
         found = []
         for name, (play, *own) in tqdm(compared.items(), desc=f"report, {kind}"):
             accuracy = play(key, *own, forms[2], config.report_problems)

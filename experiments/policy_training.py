@@ -27,6 +27,8 @@ from runs import RunFolder, UsageError, names, round_to
 from strategies import linear_learners
 
 BASELINE = "max_herding"
+# Options that say how long, where and with which keys a program is run.
+UNCOMPILED = ("seed", "minutes", "pieces", "out", "resume", "data_dir", "save_results", "save_policy")
 POLICIES = {
     "linear": "scores rows, linear in the features, with factors that move with some of the situation's",
     "row": "scores every row by a small network",
@@ -229,19 +231,21 @@ def areas(config: Any, kind: Kind, policy: Policy) -> Areas:
     return run
 
 
-def seedless(config: Any) -> Any:
-    """The config without its seed, which no program depends on: what differs by the seed alone is compiled once."""
-    return dataclasses.replace(config, seed=0)
+def compiled_from(config: Any) -> Any:
+    """The config without what no program depends on: runs that differ in nothing else share theirs."""
+    return dataclasses.replace(config, **dict.fromkeys(UNCOMPILED))
 
 
-def judge_of(config: Any, kind: Kind, network: Any, *, plan: int = 1) -> Areas:
-    """`areas` of the policy, planned or not: one program for all who ask for it."""
-    return _judge_of(seedless(config), kind, network, plan)
+def areas_of(config: Any, kind: Kind, *, network: Any = None, rule: str = "", plan: int = 1) -> Areas:
+    """`areas` of a network's policy, planned or not, or of a rule; one program for all who ask for it."""
+    return _areas_of(compiled_from(config), kind, network, rule, plan)
 
 
 @functools.cache
-def _judge_of(config: Any, kind: Kind, network: Any, plan: int) -> Areas:
-    return areas(config, kind, make_chooser(config, kind, network, **({"plan": plan} if plan > 1 else {})))
+def _areas_of(config: Any, kind: Kind, network: Any, rule: str, plan: int) -> Areas:
+    options = {"plan": plan} if plan > 1 else {}
+    chooser = make_policy(rule, need_of(config, kind)) if rule else make_chooser(config, kind, network, **options)
+    return areas(config, kind, chooser)
 
 
 class Programs(NamedTuple):
@@ -253,7 +257,7 @@ class Programs(NamedTuple):
 
 @functools.cache
 def programs_of(config: Any, network: Any) -> Programs:
-    """The programs of a config without its seed."""
+    """The programs of a config, see `compiled_from`."""
     trainer = make_trainers(config, network)
     return Programs(jax.jit(trainer.init), jax.jit(functools.partial(trainer.run, steps=config.piece_steps)))
 
@@ -280,8 +284,8 @@ def train(config: Any, folder: RunFolder, network: Any, forms: tuple) -> Trained
     `forms` are those of training, of validation and of the report.
     """
     kinds = kinds_of(config.kinds)
-    judges = [judge_of(config, kind, network) for kind in kinds]
-    programs, metas = programs_of(seedless(config), network), first_metas(config, forms[0])
+    judges = [areas_of(config, kind, network=network) for kind in kinds]
+    programs, metas = programs_of(compiled_from(config), network), first_metas(config, forms[0])
     alone = config.train != "policy"
     init_key, run_key, validation_key = jax.random.split(jax.random.key(config.seed), 3)
     data = forms[0] if alone else (forms[0],) * len(kinds)

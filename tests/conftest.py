@@ -2,7 +2,9 @@
 
 import contextlib
 import gc
+import importlib
 import os
+import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +39,9 @@ collect_ignore = ["campaigns"]  # by commands of their own, see the README there
 
 # The files that take longest, longest first: begun last, one of them would be waited for.
 LONGEST = (
-    "test_policy_experiments.py", "test_policies.py", "test_experiments.py",
+    "test_experiments.py", "test_policy_experiments.py", "test_policies.py", "test_policy_training.py",
+    "test_policy_evaluation.py", "test_meta_learners.py", "test_few_shot.py", "test_strategy_experiment.py",
+    "test_loop.py", "test_strategies.py",
 )  # fmt: skip
 
 
@@ -66,6 +70,26 @@ def pytest_sessionfinish():
 def key():
     """A typed key; a test splits it as often as it needs."""
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def scripts():
+    """The scripts of policies, and the main job, as modules."""
+    place = str(Path(__file__).resolve().parent.parent / "experiments")
+    names = ("meta_active", "learn_policy", "policy_training", "compare_trainings", "evaluate_policy", "many_targets")
+    sys.path.insert(0, place)
+    yield {name: importlib.import_module(name) for name in names}
+    sys.path.remove(place)
+
+
+@pytest.fixture(scope="session")
+def meta_run(scripts, tmp_path_factory):
+    """The run folder of a tiny main job, whose network embeds."""
+    run, script = tmp_path_factory.mktemp("main_job") / "main", scripts["meta_active"]
+    script.job(script.Config(source="digits", target="digits", meta_steps=4, learners="maml", strategies="random",
+                             seeds=1, seeds_at_once=1, budget=10, pool=50, test=50, adapt_steps=1,
+                             out=str(run)))  # fmt: skip
+    return str(run)
 
 
 @pytest.hookimpl(wrapper=True)
