@@ -144,7 +144,7 @@ def consensus(logits: Array) -> Array:
     top = lax.stop_gradient(log_probs.max(0))
     never = top == -jnp.inf
     top = jnp.where(never, 0.0, top)
-    total = jnp.exp(log_probs - top).sum(0)
+    total = jnp.exp(log_probs - top[None]).sum(0)
     return jnp.where(never, -jnp.inf, jnp.log(jnp.where(never, 1.0, total)) + top - jnp.log(logits.shape[0]))
 
 

@@ -437,7 +437,7 @@ def test_an_optimiser_that_is_singular_at_0_and_a_task_without_labels(key, name)
         wanted = plain.meta_grad(key, {"params": meta["params"]}, Task(nothing, batch), step=jnp.int32(0))[0]
         got = gradient(Task(nothing, batch))
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got["params"], wanted["params"])
-        assert all((leaf == 0).all() for leaf in jax.tree.leaves(got.get("hyper", 0.0)))
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(got.get("hyper", {})))
 
 
 def test_supervised_rows_have_the_sets_own_classes(key):

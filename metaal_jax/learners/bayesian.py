@@ -178,7 +178,10 @@ def laplace(
         if loss is losses.cross_entropy:
             _, weight = losses.class_targets("laplace", batch.y, weight, outputs.shape[1])
         offset = spread(curvature(outputs, noise), z, lax.stop_gradient(weight), prior_precision, draws)
-        return {**params, "heads": {"kernel": head["kernel"] + offset[:, :-1], "bias": head["bias"] + offset[:, -1]}}
+        return {
+            **params,
+            "heads": {"kernel": head["kernel"][None] + offset[:, :-1], "bias": head["bias"][None] + offset[:, -1]},
+        }
 
     def predict(params: PyTree, x: PyTree, /) -> Prediction:
         embedding = learner.predict(without(("heads",), params), x).embedding
@@ -197,8 +200,8 @@ def class_curvature(outputs: Array, noise: float | Array = 1.0) -> Array:
     del noise
     probs = jax.nn.softmax(outputs)
     same = jnp.eye(probs.shape[1])
-    pairs = probs[:, :, None] * probs[:, None, :] * (1.0 - same)
-    return pairs.sum(-1, keepdims=True) * same - pairs
+    pairs = probs[:, :, None] * probs[:, None, :] * (1.0 - same)[None]
+    return pairs.sum(-1, keepdims=True) * same[None] - pairs
 
 
 def target_curvature(outputs: Array, noise: float | Array = 1.0) -> Array:
@@ -210,7 +213,7 @@ def target_curvature(outputs: Array, noise: float | Array = 1.0) -> Array:
 def label_curvature(outputs: Array, noise: float | Array = 1.0) -> Array:
     """`diag p (1 - p)` of each row, `[n, c, c]`: that of one sigmoid a label."""
     del noise
-    return (jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs))[:, :, None] * jnp.eye(outputs.shape[1])
+    return (jax.nn.sigmoid(outputs) * jax.nn.sigmoid(-outputs))[:, :, None] * jnp.eye(outputs.shape[1])[None]
 
 
 CURVATURES: dict[LossFn, Callable[..., Array]] = {
@@ -227,10 +230,10 @@ def kron_spread(curvature: Array, z: Array, weight: Array, prior_precision: floa
     outputs = (weight[:, None, None] * curvature).sum(0)
     input_values, inputs = jnp.linalg.eigh(inputs)
     output_values, outputs = jnp.linalg.eigh(outputs)
-    precision = jnp.maximum(input_values, 0.0)[:, None] * jnp.maximum(output_values, 0.0) + prior_precision
+    precision = jnp.maximum(input_values, 0.0)[:, None] * jnp.maximum(output_values, 0.0)[None] + prior_precision
     # The symmetric root: it does not depend on the basis in which a repeated eigenvalue's vectors come.
-    noise = inputs.T @ noise @ outputs / jnp.sqrt(precision)
-    return inputs @ noise @ outputs.T
+    noise = inputs.T[None] @ noise @ outputs[None] / jnp.sqrt(precision)[None]
+    return inputs[None] @ noise @ outputs.T[None]
 
 
 def full_spread(curvature: Array, z: Array, weight: Array, prior_precision: float | Array, noise: Array) -> Array:

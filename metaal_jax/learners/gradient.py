@@ -200,14 +200,17 @@ def gradient_steps(
             total = batch.weight.sum()
             centre = (batch.weight @ z) / jnp.where(total > 0, total, 1.0)
             classes = given_head["bias"].shape[0]
-            last = prototype_head(z - centre, batch.y, batch.weight, classes, temperature=current(hyper, "temperature"))
+            last = prototype_head(
+                z - centre[None], batch.y, batch.weight, classes, temperature=current(hyper, "temperature")
+            )
             absent, last = ruled_out(last)
             if start is not None:
                 # Columns of classes that the given head ruled out, if they have a label now.
                 closed, kept = ruled_out(given_head)
                 fresh = closed & ~absent
                 made = head_of(uncentred({"params": {"head": last}}, centre))
-                last = {name: jnp.where(fresh, made[name], leaf) for name, leaf in kept.items()}
+                columns = {"kernel": fresh[None], "bias": fresh}
+                last = {name: jnp.where(columns[name], made[name], leaf) for name, leaf in kept.items()}
                 absent, centre = closed & absent, None
             variables = {**variables, "params": {**variables["params"], "head": last}}
         return InnerProblem(batch, origin, hyper, variables, z if adapted == "head" else None, centre, absent)
@@ -217,12 +220,12 @@ def gradient_steps(
 
         def loss_of_logits(logits: Array, rows: Batch) -> Array:
             if problem.absent is not None:
-                logits = jnp.where(problem.absent, -jnp.inf, logits)
+                logits = jnp.where(problem.absent[None], -jnp.inf, logits)
             return loss(logits, rows.y, rows.weight)
 
         if embedding is not None:
             last = variables["params"]["head"]
-            return loss_of_logits(embedding @ last["kernel"] + last["bias"], rows)
+            return loss_of_logits(embedding @ last["kernel"] + last["bias"][None], rows)
 
         def loss_of_rows(rows: Batch) -> Array:
             return loss_of_logits(apply(model, variables, rows.x, rows.weight)[0], rows)

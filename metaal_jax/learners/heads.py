@@ -113,7 +113,7 @@ def ridge_head(
     bias = jnp.zeros(classes, embedding.dtype)
     if intercept:
         centre, bias = share @ embedding, share @ target
-        embedding, target = embedding - centre, target - bias
+        embedding, target = embedding - centre[None], target - bias[None]
     weighted = weight[:, None] * target
     # LU in both forms: for the rows because weights on one side only leave no square root to differentiate at 0, for
     # the features because a Cholesky factor is NaN where rounding makes the matrix indefinite.
@@ -202,7 +202,7 @@ def svm_residual(
     gram, target, size = _svm_problem(embedding, y, weight, classes, penalty, ridge)
     dual = svm_dual(gram, target, size, iterations=iterations)
     slope = gram @ dual - target
-    worst = jnp.where(size @ target > 0, slope, -jnp.inf).max(-1)
+    worst = jnp.where((size @ target > 0)[None], slope, -jnp.inf).max(-1)
     known = (slope * (target - dual / jnp.where(size > 0, size, 1.0)[:, None])).sum(-1)
     return jnp.where(size > 0, worst - known, 0.0).max()
 
@@ -239,7 +239,7 @@ def svm_dual(gram: Array, target: Array, size: Array, *, iterations: int) -> Arr
     """
     require(iterations >= 1, f"iterations must be >= 1, got {iterations}")
     labelled = size @ target > 0
-    target = jnp.where(labelled, target, 0.0)
+    target = jnp.where(labelled[None], target, 0.0)
     upper = size[:, None] * target
 
     # The solver's step: twice the mean squared distance to the mean of the rows. The scale of the largest eigenvalue,
@@ -276,7 +276,7 @@ def _splitting(gram: Array, target: Array, upper: Array, labelled: Array, iterat
     after a ReLU it needs a tenth of the steps of accelerated projected gradients, at the same cost a step.
     """
     real = upper.sum(-1) > 0
-    inverse = jnp.linalg.inv(jnp.eye(len(gram), dtype=gram.dtype) + jnp.where(real[:, None] & real, gram, 0.0))
+    inverse = jnp.linalg.inv(jnp.eye(len(gram), dtype=gram.dtype) + jnp.where(real[:, None] & real[None], gram, 0.0))
 
     def step(v: Array, _: None) -> tuple[Array, None]:
         a, _inside = _project(v, upper, labelled)
@@ -295,7 +295,7 @@ def _project(v: Array, upper: Array, labelled: Array) -> tuple[Array, Array]:
     above = v - upper
     total = upper.sum(-1, keepdims=True)
     lower = jnp.minimum(above[:, :, None] - above[:, None, :], 0.0)
-    inside = labelled & (total + jnp.where(labelled[:, None], lower, 0.0).sum(1) >= 0)
+    inside = labelled[None] & (total + jnp.where(labelled[None, :, None], lower, 0.0).sum(1) >= 0)
     shift = (total + jnp.where(inside, v - upper, 0.0).sum(-1, keepdims=True)) / _count(inside)
     return jnp.where(inside, v - shift, upper), inside
 

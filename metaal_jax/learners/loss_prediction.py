@@ -26,7 +26,8 @@ from metaal_jax.losses import class_targets, weighted_mean
 def predict_loss(loss_head: PyTree, embedding: Array) -> Array:
     """The predicted loss of rows: embedding `[..., n, d]` -> `[..., n]`; only the order of the values has a meaning."""
     first, last = loss_head["hidden"], loss_head["out"]
-    return (nn.relu(embedding @ first["kernel"] + first["bias"]) @ last["kernel"] + last["bias"])[..., 0]
+    lead = (None,) * (embedding.ndim - 1)
+    return (nn.relu(embedding @ first["kernel"] + first["bias"][lead]) @ last["kernel"])[..., 0] + last["bias"][0]
 
 
 def ranking_loss(predicted: Array, loss: Array, weight: Array, *, margin: float | Array = 1.0) -> Array:
@@ -41,9 +42,9 @@ def ranking_loss(predicted: Array, loss: Array, weight: Array, *, margin: float 
     Returns:
       `[]`, 0 without a pair.
     """
-    order = jnp.sign(lax.stop_gradient(loss[:, None] - loss))
-    values = jnp.maximum(margin - order * (predicted[:, None] - predicted), 0.0)
-    return weighted_mean(values.ravel(), (jnp.abs(order) * weight[:, None] * weight).ravel())
+    order = jnp.sign(lax.stop_gradient(loss[:, None] - loss[None]))
+    values = jnp.maximum(margin - order * (predicted[:, None] - predicted[None]), 0.0)
+    return weighted_mean(values.ravel(), (jnp.abs(order) * weight[:, None] * weight[None]).ravel())
 
 
 def loss_predictor(

@@ -52,6 +52,6 @@ def seen_classes(learner: Learner) -> Learner:
         if SEEN not in params:
             return prediction
         allowed = params[SEEN] | ~params[SEEN].any()
-        return prediction._replace(logits=jnp.where(allowed, prediction.logits, -jnp.inf))
+        return prediction._replace(logits=jnp.where(allowed[None, None], prediction.logits, -jnp.inf))
 
     return Learner(init=learner.init, adapt=adapt, predict=predict, meta_grad=learner.meta_grad)

@@ -63,7 +63,8 @@ def pseudo_labels(
     def guess(params: PyTree, batch: Batch, unlabelled: PyTree, known: Array) -> tuple[Array, Array]:
         del known
         probs = jnp.exp(consensus(predict_pool(learner, params, unlabelled, chunk=chunk).logits))
-        probs = jnp.where(_mass("pseudo_labels", batch, probs.shape[-1]).sum(0) > 0, probs, 0.0)
+        known_classes = _mass("pseudo_labels", batch, probs.shape[-1]).sum(0) > 0
+        probs = jnp.where(known_classes[None], probs, 0.0)
         return probs, probs.max(-1)
 
     return _with_guesses(
@@ -183,7 +184,7 @@ def propagate(
     """
     mean = jnp.where(present[:, None], embedding, 0.0).sum(0) / jnp.maximum(present.sum(), 1)
     # Without their mean, distances lose less to rounding.
-    centred = jnp.where(present[:, None], embedding - mean, 0.0)
+    centred = jnp.where(present[:, None], embedding - mean[None], 0.0)
     index, distance = nearest_neighbours(centred, present, neighbours=neighbours)
     linked = jnp.isfinite(distance) & present[:, None]
     reach = jnp.where(linked, distance, 0.0).max(-1, keepdims=True)
@@ -201,7 +202,7 @@ def propagate(
     degree = along_links(jnp.ones((embedding.shape[0], 1)))
     root = jnp.where(degree > 0, lax.rsqrt(jnp.where(degree > 0, degree, 1.0)), 0.0)
     mass = labels.sum(0)
-    target = labels / jnp.where(mass > 0, mass, 1.0)
+    target = labels / jnp.where(mass > 0, mass, 1.0)[None]
 
     def unsettled(carry: tuple[Array, Array, Array, Array, Array]) -> Array:
         spread, residual, change, _, step = carry
@@ -284,7 +285,7 @@ def _mass(name: str, batch: Batch, classes: int) -> Array:
 def _known(batch: Batch, unlabelled: PyTree) -> Array:
     """Which rows need no pseudo-label, bool `[n]`: those equal to a labelled one, and zeros, which are padding."""
     mark = _fingerprint(unlabelled)
-    return ((mark[:, None] == _fingerprint(batch.x)) & (batch.weight > 0)).any(-1) | (mark == 0)
+    return ((mark[:, None] == _fingerprint(batch.x)[None]) & (batch.weight > 0)[None]).any(-1) | (mark == 0)
 
 
 def _fingerprint(x: PyTree) -> Array:
@@ -295,5 +296,5 @@ def _fingerprint(x: PyTree) -> Array:
         octets = lax.bitcast_convert_type(leaf, jnp.uint8).reshape(leaf.shape[0], -1).astype(jnp.uint32)
         # Odd factors: rows that differ in one byte never meet.
         factor = jax.random.bits(jax.random.key(number), (octets.shape[1],), jnp.uint32) | 1
-        total += (octets * factor).sum(-1, dtype=jnp.uint32)
+        total += (octets * factor[None]).sum(-1, dtype=jnp.uint32)
     return total

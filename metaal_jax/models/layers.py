@@ -74,7 +74,7 @@ class Conv(nn.Module):
             y = patches(x, self.kernel_size, self.strides) @ kernel.reshape(-1, self.features)
         else:
             raise ValueError(f"implementation must be 'patches' or 'lax', got {self.implementation!r}")
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias[None, None, None]
 
 
 def max_pool(x: Array) -> Array:
@@ -117,7 +117,8 @@ class BatchNorm(nn.Module):
         if collecting:
             self.put_variable("batch_stats", "mean", mean)
             self.put_variable("batch_stats", "variance", variance)
-        y = (wide - mean) * lax.rsqrt(variance + self.epsilon) * scale + bias
+        lead = (None,) * (x.ndim - 1)
+        y = (wide - mean[lead]) * lax.rsqrt(variance + self.epsilon)[lead] * scale[lead] + bias[lead]
         return y.astype(self.dtype or x.dtype)
 
     def _statistics(self, x: Array, weight: Array | None) -> tuple[Array, Array]:
@@ -131,7 +132,7 @@ class BatchNorm(nn.Module):
         total = weight.sum() * positions
         counted = jnp.where(total > 0, total, 1.0)
         mean = (weight * x).sum(axes) / counted
-        variance = (weight * (x - mean) ** 2).sum(axes) / counted
+        variance = (weight * (x - mean[(None,) * (x.ndim - 1)]) ** 2).sum(axes) / counted
         return mean, jnp.where(total > 0, variance, 1.0)
 
 
