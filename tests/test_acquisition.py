@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaal_jax import Decision, Learner, Prediction, acquisition, check_policy, parallel
-from metaal_jax.acquisition.lifts import fixed_rule
+from metaal_jax import Decision, Learner, Policy, Prediction, acquisition, check_policy, parallel
 from views import make_view, probabilities, reorder
 
 
@@ -195,7 +194,11 @@ def decide(index, valid=None, scores=None):
         mask = jnp.ones(len(index), bool) if valid is None else jnp.asarray(valid)
         return Decision(jnp.asarray(index), mask, jnp.zeros(()), jnp.zeros(20) if scores is None else scores)
 
-    return fixed_rule(act)
+    return Policy(
+        init=lambda key: (),
+        begin=lambda key, params, view: (),
+        act=lambda key, params, state, view: (act(key, (), view), ()),
+    )
 
 
 BROKEN = {

@@ -50,10 +50,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.coverage import squared_width
-from metaal_jax.acquisition.diversity import stand_ins, unit_rows
+from metaal_jax.acquisition.diversity import directions, stand_ins
 from metaal_jax.acquisition.influence import head_gradient_length
 from metaal_jax.acquisition.uncertainty import entropy_of
-from metaal_jax.base import PoolView, require
+from metaal_jax.base import PoolView, require, require_classes
 from metaal_jax.losses import consensus, weighted_mean
 from metaal_jax.rows import in_chunks, squared_distances
 
@@ -70,7 +70,7 @@ class Geometry(NamedTuple):
     """Where the pool's rows lie, once a run.
 
     Attributes:
-      embedding: float32 `[n, d]`, rows of length 1.
+      embedding: float32 `[n, d]`, rows of length 1 seen from a point amid them, see `acquisition.diversity.directions`.
       kernel: float32 `[n, a]`, `exp(-|z_i - z_j|^2 / width)` to the anchors, 0 for anchors that do not exist.
       anchor: int32 `[a]`, pool rows.
       weight: float32 `[a]`, adding up to 1; 0 for anchors that do not exist.
@@ -118,7 +118,7 @@ class Observation(NamedTuple):
       covered: float32 `[a]`, the anchors' largest similarity to a labelled row.
       interest: float32 `[a]`, 1 - margin of the anchors.
       weight: float32 `[a]`, of the anchors.
-      embedding: float32 `[m, d]`, rows of length 1.
+      embedding: float32 `[m, d]`, as in the geometry.
       width: float32 `[]`, of the kernel.
     """
 
@@ -140,6 +140,8 @@ class Observation(NamedTuple):
 def pool_geometry(key: Array, view: PoolView, *, anchors: int = 1000) -> Geometry:
     """The pool's geometry by the view's embedding; linear in the pool.
 
+    As all functions here, it expects a clean view (`rows.clean`).
+
     Args:
       key: draws the anchors among the real rows; the draw belongs to rows.
       view: the pool as the run begins.
@@ -149,7 +151,7 @@ def pool_geometry(key: Array, view: PoolView, *, anchors: int = 1000) -> Geometr
       ValueError: for `anchors < 1`.
     """
     require(anchors >= 1, f"pool_geometry: anchors must be at least 1, got {anchors}")
-    embedding = unit_rows(view.prediction.embedding.mean(0))
+    embedding = directions(view)
     anchor, found = stand_ins(key, view, anchors)
     width = squared_width(embedding[anchor], found)
     kernel = jnp.exp(-squared_distances(embedding, embedding[anchor]) / width) * found
@@ -165,6 +167,7 @@ def pool_geometry(key: Array, view: PoolView, *, anchors: int = 1000) -> Geometr
 
 def fresh_memory(view: PoolView) -> Memory:
     """The memory before the first round; labels given at the start surprise nobody."""
+    require_classes("features", view)
     n, c = view.prediction.logits.shape[1:]
     return Memory(
         predicted=jnp.full(n, -1, jnp.int32),
@@ -247,7 +250,7 @@ def observe(
     available = view.available
     weight = available.astype(jnp.float32)
     total = jnp.maximum(weight.sum(), 1.0)
-    # What a learner says of padding rows may be anything, NaN as well.
+    # Padding has no features, whatever its zeros would give.
     rows = jnp.where((view.weight > 0)[:, None], rows, 0.0)
     mean = weight @ rows / total
     scale = jnp.sqrt(weight @ (rows - mean) ** 2 / total)

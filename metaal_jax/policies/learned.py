@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.combinators import planned
-from metaal_jax.acquisition.lifts import check_count, select_top
+from metaal_jax.acquisition.lifts import check_count, contained, require_policy, select_top
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, ScoreFn, Trainable, require
 from metaal_jax.policies import features
 from metaal_jax.policies.features import Geometry, Memory, Observation
@@ -165,7 +165,7 @@ def learned(
         return jnp.where(drawable, log_prob, -jnp.inf), entropy, score(policy_params, observation)[1]
 
     train = Trainable(observe=observe, evaluate=evaluate if sample else None, score=score)
-    return Policy(init=init, begin=begin, act=act, train=train)
+    return contained(Policy(init=init, begin=begin, act=act, train=train), logits=True, embedding=True)
 
 
 def _in_plans(network: nn.Module, k: int, plan: int, **options: Any) -> Policy:
@@ -187,6 +187,7 @@ def _in_plans(network: nn.Module, k: int, plan: int, **options: Any) -> Policy:
 
 def fixed(policy: Policy, policy_params: PyTree) -> Policy:
     """A trained policy with its parameters, as a rule that has none: for selectors, bandits and combinators."""
+    require_policy("fixed", policy)
     return Policy(
         init=lambda key: (),
         begin=lambda key, _, view: policy.begin(key, policy_params, view),

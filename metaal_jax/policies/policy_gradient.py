@@ -23,6 +23,15 @@ from metaal_jax.policies.episodes import (
 )
 
 
+def told_apart(difference: Array, scale: Array) -> Array:
+    """Differences of numbers of size `scale`, 0 where they are no larger than rounding.
+
+    Equal rewards differ in their last bits, and an optimiser that divides by the gradient's length (Adam), or an
+    advantage that is divided by its standard deviation, would take a whole step along that noise.
+    """
+    return jnp.where(jnp.abs(difference) > 1e-5 * scale, difference, 0.0)
+
+
 def reinforce(
     learner: Learner,
     policy: Policy,
@@ -80,7 +89,7 @@ def reinforce(
             runs = jax.vmap(lambda key: play(key, state.meta, state.params, problem))(keys)
             reward_of = jax.vmap(lambda run: rewards(run, reward=reward, target=target))(runs)
             to_go = jnp.cumsum(reward_of[:, ::-1], axis=1)[:, ::-1]
-            advantage = (to_go - to_go.mean(0)) * rollouts / (rollouts - 1)
+            advantage = told_apart(to_go - to_go.mean(0), jnp.abs(to_go).max()) * rollouts / (rollouts - 1)
 
             def loss(params: PyTree) -> tuple[Array, Array]:
                 judge = jax.vmap(jax.vmap(lambda o, i: evaluate(params, o, i)[:2]))
@@ -189,7 +198,9 @@ def ppo(
         value = jax.vmap(jax.vmap(lambda o, i: evaluate(state.params, o, i)[2]))(runs.observation, runs.index)
         advantage = jax.vmap(lambda r, v: advantages(r, v, discount=discount, trace=trace))(reward_of, value)
         returns = advantage + value
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        advantage = told_apart(advantage - advantage.mean(), jnp.abs(returns).max() + jnp.abs(value).max())
+        spread = advantage.std()
+        advantage = advantage / jnp.where(spread > 0, spread, 1.0)
         flat = jax.tree.map(
             lambda leaf: leaf.reshape(total, *leaf.shape[2:]),
             (runs.observation, runs.index, runs.log_prob, advantage, returns),

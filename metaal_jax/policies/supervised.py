@@ -22,6 +22,7 @@ from metaal_jax.policies.episodes import (
     one_by_one,
     score_of,
 )
+from metaal_jax.policies.policy_gradient import told_apart
 
 Target = Literal["regression", "imitation", "classification"]
 
@@ -139,8 +140,9 @@ def supervised(
         total = jnp.maximum(weight.sum(), 1.0)
         value = jnp.where(known, value, 0.0)
         mean = value.sum() / total
-        scale = jnp.sqrt((weight * (value - mean) ** 2).sum() / total)
-        return jnp.where(known & (scale > 1e-8), (value - mean) / jnp.where(scale > 1e-8, scale, 1.0), 0.0)
+        away = jnp.where(known, told_apart(value - mean, jnp.abs(value).max()), 0.0)
+        scale = jnp.sqrt((away**2).sum() / total)
+        return away / jnp.where(scale > 0, scale, 1.0)
 
     def one_loss(params: PyTree, observation: PyTree, value: Array, known: Array) -> tuple[Array, Array]:
         scores, _ = score(params, observation)
