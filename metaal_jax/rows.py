@@ -1,12 +1,16 @@
 """Rows of a pool: what cannot be used, random numbers of their own, predictions in chunks, distances and neighbours."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.base import Learner, PoolView, Prediction, PyTree, require, rows_of
+
+Rows = TypeVar("Rows")
+Values = TypeVar("Values")
 
 
 def finite_rows(x: PyTree, axis: int = 0) -> Array:
@@ -87,17 +91,18 @@ def place_in_group(group: Array, scores: Array, noise: Array, *, groups: int) ->
     return place.at[order].set(place - (jnp.cumsum(size) - size)[group[order]])
 
 
-def in_chunks(f: Callable[[PyTree], PyTree], arrays: PyTree, chunk: int | None) -> PyTree:
+def in_chunks(f: Callable[[Rows], Values], arrays: Rows, chunk: int | None) -> Values:
     """`f` on slices of `chunk` rows, one after the other; `f` must treat rows independently. None for all at once."""
     n = rows_of(arrays)
     if chunk is None or chunk >= n:
         return f(arrays)
     whole = n // chunk * chunk
     blocks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, chunk, *leaf.shape[1:]), arrays)
-    parts = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.lax.map(f, blocks))]
+    parts: list[Values] = [jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), jax.lax.map(f, blocks))]
     if whole < n:
         parts.append(f(jax.tree.map(lambda leaf: leaf[whole:], arrays)))
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    joined: Values = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return joined
 
 
 def predict_pool(learner: Learner, params: PyTree, x: PyTree, *, chunk: int | None = None) -> Prediction:
@@ -113,10 +118,10 @@ def predict_pool(learner: Learner, params: PyTree, x: PyTree, *, chunk: int | No
     if chunk is None or chunk >= rows_of(x):
         return learner.predict(params, x)
 
-    def rows_first(x: PyTree) -> Prediction:
-        return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), learner.predict(params, x))
+    def swapped(prediction: Prediction) -> Prediction:
+        return Prediction(prediction.logits.swapaxes(0, 1), prediction.embedding.swapaxes(0, 1))
 
-    return jax.tree.map(lambda leaf: leaf.swapaxes(0, 1), in_chunks(rows_first, x, chunk))
+    return swapped(in_chunks(lambda x: swapped(learner.predict(params, x)), x, chunk))
 
 
 def squared_distances(a: Array, b: Array) -> Array:

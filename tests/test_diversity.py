@@ -174,8 +174,8 @@ def test_density_is_the_mean_cosine(key):
     z, real, _ = plain(view, unit=True)
     mean = np.asarray([np.mean([a @ b for b in z[real]]) for a in z])
     density, weighted, entropy = densities(key, view)
-    np.testing.assert_allclose(density, mean, atol=1e-6)
-    np.testing.assert_allclose(weighted, entropy * np.maximum(mean, 0) ** 2, atol=1e-5)
+    np.testing.assert_allclose(density[real], mean[real], atol=1e-6)
+    np.testing.assert_allclose(weighted[real], (entropy * np.maximum(mean, 0) ** 2)[real], atol=1e-5)
 
 
 DISCRIMINATE = run(acquisition.discriminative(k=4, sub_batches=2))
@@ -248,7 +248,8 @@ def test_badge_draws_by_squared_distance_of_gradients(key, covered, name):
             weight = (gradients**2).sum(1)
             assert pick == np.where(left, weight, -1).argmax()
         if turn == 0:
-            np.testing.assert_allclose(decision.scores, weight, rtol=1e-3, atol=1e-4)
+            real = np.asarray(view.weight) > 0
+            np.testing.assert_allclose(decision.scores[real], weight[real], rtol=1e-3, atol=1e-4)
         left[pick] = False
         centres.append(pick)
     np.testing.assert_allclose(decision.log_prob, log_prob, rtol=1e-3)

@@ -5,6 +5,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from metaal_jax.acquisition.lifts import (
@@ -24,7 +25,7 @@ from metaal_jax.losses import consensus
 
 def _finite(scores: Array) -> Array:
     """Infinities as the largest numbers that leave room for a sum."""
-    largest = jnp.finfo(scores.dtype).max / 16
+    largest = np.finfo(scores.dtype).max / 16
     return jnp.clip(scores, -largest, largest)
 
 
@@ -74,7 +75,7 @@ def stochastic_top_k(
         worth = logits * jnp.where(large, 1.0, factor) + gumbel / jnp.where(large, factor, 1.0)
         index, valid = select_top(tie_key, worth, available, view.row, k)
         sure = jnp.isinf(factor)
-        logits = jnp.maximum(jnp.where(sure, 1.0, factor) * logits, -jnp.finfo(logits.dtype).max / 16)
+        logits = jnp.maximum(jnp.where(sure, 1.0, factor) * logits, -np.finfo(logits.dtype).max / 16)
         log_prob = jnp.where(sure, 0.0, _sequence(logits, available, index, valid))
         return fill_up(Decision(index=index, valid=valid, log_prob=log_prob, scores=scores), rest, view.row)
 

@@ -85,7 +85,7 @@ def per_cost(scorer: Scorer) -> Scorer:
         lowest = jnp.where(view.available & ~jnp.isnan(scores), scores, 0.0).min()
         require(lowest >= 0, f"per_cost: scores must not be negative, got {lowest}; shift them so that 0 is no gain")
         free = view.cost <= 0
-        largest = jnp.finfo(scores.dtype).max
+        largest = np.finfo(scores.dtype).max
         paid = jnp.minimum(scores / jnp.where(free, 1.0, view.cost), largest / 4)
         # Between half the largest number and all of it.
         return jnp.where(free, largest * (1.0 - 0.5 / (1.0 + scores)), paid)

@@ -139,7 +139,7 @@ def discriminative(
             weights = jnp.where((real & labelled).any(), fit(weights, labelled, picked), weights)
             return weights, features @ weights
 
-        def part(state: tuple[Array, Array, Array, Array], turn: tuple[Array, Array]) -> tuple[tuple, tuple]:
+        def part(state: tuple[Array, Array, Array, Array], turn: tuple[Array, Array]) -> tuple[PyTree, PyTree]:
             weights, labelled, available, picked = state
             number, key = turn
             weights, odds = score(weights, labelled, picked.reshape(-1))

@@ -71,7 +71,9 @@ def badge(*, k: int, covered: bool = True) -> Policy:
         if covered:
             start = jax.vmap(nearest_labelled)(rows) if n <= 2048 else lax.map(nearest_labelled, rows, batch_size=2048)
 
-        def pick(state: tuple[Array, Array, Array], key: Array) -> tuple[tuple[Array, Array, Array], tuple]:
+        def pick(
+            state: tuple[Array, Array, Array], key: Array
+        ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
             distance, available, log_prob = state
             first = jnp.isinf(distance).any()
             chance = jnp.where(available, jnp.where(first, rows.square, distance), 0.0)
@@ -176,7 +178,7 @@ def _block(
     chance = jnp.where(free, distance, 0.0)
     ordered = chance[order]
 
-    def pick(carry: tuple[Array, Array, Array], turn: tuple[Array, Array]) -> tuple[tuple, tuple[Array, Array]]:
+    def pick(carry: tuple[Array, Array, Array], turn: tuple[Array, Array]) -> tuple[PyTree, tuple[Array, Array]]:
         chosen, count, available = carry
         key, wanted = turn
         own, pending = take(rows, chosen), jnp.arange(PENDING) < count

@@ -63,7 +63,8 @@ def expected_gradient_length(learner: Learner, *, chunk: int = 64) -> Scorer:
             square = sum((grad.reshape(grad.shape[0], -1) ** 2).sum(-1) for grad in grads)
             return (total / logits.shape[0] * jnp.sqrt(square)).sum()
 
-        return lax.map(score, view.x, batch_size=min(chunk, view.row.shape[0]))
+        lengths: Array = lax.map(score, view.x, batch_size=min(chunk, view.row.shape[0]))
+        return lengths
 
     return scorer
 

@@ -205,7 +205,7 @@ def batch_bald(*, k: int, configurations: int = 10_000) -> Policy:
             exact = (exact[:, None] + log_probs[:, row].T).reshape(-1, members)
             drawn = draw(drawn, row)
 
-        def sampled(state: tuple[Array, Array, Array], _: None) -> tuple[tuple, tuple[Array, Array]]:
+        def sampled(state: tuple[Array, Array, Array], _: None) -> tuple[PyTree, tuple[Array, Array]]:
             bound, available, drawn = state
             weight = jnp.full(drawn.shape[0], 1.0 / drawn.shape[0])
             row, bound = pick(bound, available, jax.nn.softmax(drawn), weight)

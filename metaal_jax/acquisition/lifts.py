@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, Trainable, require
@@ -246,7 +247,7 @@ def scored(key: Array, scorer: Scorer, view: PoolView) -> tuple[Array, PoolView,
     scores = scorer(key, view)
     unknown = jnp.isnan(scores)
     left = view._replace(queried=view.queried | unknown)
-    return jnp.where(unknown, jnp.finfo(scores.dtype).min, scores), left, view.available & unknown
+    return jnp.where(unknown, np.finfo(scores.dtype).min, scores), left, view.available & unknown
 
 
 def top_k(scorer: Scorer, *, k: int) -> Policy:
@@ -298,6 +299,8 @@ def one_of(policies: Sequence[Policy]) -> Policy:
             decision, state = policies[i].act(key, params[i], states[i], view)
             return decision, (*states[:i], state, *states[i + 1 :])
 
-        return lax.switch(number, [functools.partial(branch, i) for i in range(len(policies))], policy_state)
+        branches = [functools.partial(branch, i) for i in range(len(policies))]
+        acted: tuple[Decision, PyTree] = lax.switch(number, branches, policy_state)
+        return acted
 
     return Policy(init=init, begin=begin, act=act)

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from metaal_jax.acquisition.lifts import Scorer, check_count, contained, select_top
@@ -51,7 +52,7 @@ def _values_of(value: Callable[[Array], Array], position: Array, count: Array, c
     def body(block: Array, values: Array) -> Array:
         return values.at[block].set(jax.vmap(value)(position[block]))
 
-    values = lax.fori_loop(0, (count + chunk - 1) // chunk, body, jnp.zeros((blocks, chunk)))
+    values: Array = lax.fori_loop(0, (count + chunk - 1) // chunk, body, jnp.zeros((blocks, chunk)))
     return values.reshape(-1)[:rows]
 
 
@@ -151,7 +152,7 @@ def value_of_label(learner: Learner, loss: Loss = "log") -> Callable[..., Array]
             return accuracy(log_probs, y, weight)
         # A class without a label has probability 0 and the loss inf, whatever the others have: to tell labels apart all
         # the same, it counts as the smallest probability that a float holds.
-        return -cross_entropy(jnp.maximum(log_probs, jnp.log(jnp.finfo(log_probs.dtype).tiny)), y, weight)
+        return -cross_entropy(jnp.maximum(log_probs, np.log(np.finfo(log_probs.dtype).tiny)), y, weight)
 
     def value(key: Array, view: PoolView, labelled: Batch, position: Array, y: Array, selection: Batch) -> Array:
         batch = append_row(labelled, take(view.x, position), y)

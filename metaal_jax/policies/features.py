@@ -219,15 +219,15 @@ def observe(
 
     labelled = view.labelled_index >= 0
     answered = (view.labelled.weight > 0) & labelled
-    place = jnp.maximum(view.labelled_index, 0)
-    covered = jnp.where(labelled, geometry.kernel[place].T, 0.0).max(-1, initial=0.0)
+    own = jnp.maximum(view.labelled_index, 0)
+    covered = jnp.where(labelled, geometry.kernel[own].T, 0.0).max(-1, initial=0.0)
     interest = jnp.where(geometry.weight > 0, 1.0 - margin[geometry.anchor], 0.0)
     doubt = geometry.weight * interest
     truth = jax.nn.one_hot(view.labelled.y, c) * answered[:, None]
     count = truth.sum(0)
     share = c * count / jnp.maximum(count.sum(), 1.0)
     filled = probs @ (share / (1.0 + share))
-    known = geometry.embedding[place]
+    known = geometry.embedding[own]
 
     def places(part: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         embedding, kernel, probs = part
@@ -257,19 +257,22 @@ def observe(
 
     shares = count / jnp.maximum(count.sum(), 1.0)
     balance = -jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), 0.0).sum() / log_c
-    average = lambda values: weighted_mean(values, real)  # noqa: E731
+
+    def average(values: Array) -> Array:
+        return weighted_mean(values, real)
+
     situation = jnp.stack(
         [view.spent / jnp.maximum(view.budget, 1e-9), jnp.log1p(count.sum() / c) / 3.0, (count > 0).mean(), balance,
          average(entropy), average(margin), average(disagreement), covered @ geometry.weight, average(flip),
          _surprise(memory, view), jnp.float32(jnp.log(c) / 5.0), jnp.float32(jnp.log(k) / 5.0)]
     )  # fmt: skip
-    if position is None:
-        position = jnp.arange(n, dtype=jnp.int32)
-        mine = lambda leaf: leaf  # noqa: E731
-    else:
-        mine = lambda leaf: leaf[position]  # noqa: E731
+
+    def mine(leaf: Array) -> Array:
+        return leaf if position is None else leaf[position]
+
+    place = jnp.arange(n, dtype=jnp.int32) if position is None else position
     return Observation(
-        position=position, available=mine(available), reference=mine(weight), rows=mine(rows), mean=mean,
+        position=place, available=mine(available), reference=mine(weight), rows=mine(rows), mean=mean,
         scale=scale, situation=situation, kernel=mine(geometry.kernel), covered=covered, interest=interest,
         weight=geometry.weight, embedding=mine(geometry.embedding), width=geometry.width,
     )  # fmt: skip

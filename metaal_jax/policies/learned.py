@@ -44,7 +44,9 @@ def _scores_of(network: nn.Module) -> ScoreFn:
 
     def score(policy_params: PyTree, observation: Observation) -> tuple[Array, Array]:
         rows = features.inputs(observation)
-        output: Any = network.apply(policy_params, rows, observation.situation, observation.available)
+        output: tuple[Array, Array] = network.apply(  # type: ignore[assignment]
+            policy_params, rows, observation.situation, observation.available
+        )
         return output
 
     return score
@@ -239,7 +241,7 @@ def in_sequence(
       invalid pick, when nothing was available, counts 0.
     """
 
-    def pick(carry: tuple[Observation, Array], number: Array) -> tuple[tuple[Observation, Array], tuple]:
+    def pick(carry: tuple[Observation, Array], number: Array) -> tuple[tuple[Observation, Array], PyTree]:
         seen, scores = carry
         place = choose(number, scores, seen.available).astype(jnp.int32)
         valid = seen.available.any() & seen.available[place]

@@ -207,7 +207,8 @@ def pathwise(
                 log_probs = consensus(judge.predict(adapted, problem.test.x).logits)
                 return cross_entropy(log_probs, problem.test.y, problem.test.weight)
 
-            return lax.map(after, weights).mean()
+            losses: Array = lax.map(after, weights)
+            return losses.mean()
 
         if refit is None:
             return judged(learner, meta, weights)

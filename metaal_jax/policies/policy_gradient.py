@@ -92,8 +92,10 @@ def reinforce(
             advantage = told_apart(to_go - to_go.mean(0), jnp.abs(to_go).max()) * rollouts / (rollouts - 1)
 
             def loss(params: PyTree) -> tuple[Array, Array]:
-                judge = jax.vmap(jax.vmap(lambda o, i: evaluate(params, o, i)[:2]))
-                log_prob, spread = judge(runs.observation, runs.index)
+                def judge(observation: PyTree, index: Array) -> tuple[Array, Array]:
+                    return evaluate(params, observation, index)[:2]
+
+                log_prob, spread = jax.vmap(jax.vmap(judge))(runs.observation, runs.index)
                 objective = (log_prob * advantage).sum(1).mean() + entropy * spread.sum(1).mean()
                 return -objective, spread.mean()
 
@@ -206,7 +208,7 @@ def ppo(
             (runs.observation, runs.index, runs.log_prob, advantage, returns),
         )
 
-        def loss(params: PyTree, part: tuple) -> tuple[Array, tuple]:
+        def loss(params: PyTree, part: PyTree) -> tuple[Array, PyTree]:
             observation, index, before, advantage, returns = part
             log_prob, spread, value = jax.vmap(lambda o, i: evaluate(params, o, i))(observation, index)
             ratio = jnp.exp(log_prob - before)
@@ -216,11 +218,11 @@ def ppo(
             outside = (jnp.abs(ratio - 1.0) > clip).mean()
             return value_weight * error - gain - entropy * spread.mean(), (spread.mean(), error, outside)
 
-        def update(state: TrainState, part: tuple) -> tuple[TrainState, tuple]:
+        def update(state: TrainState, part: PyTree) -> tuple[TrainState, PyTree]:
             grads, notes = jax.grad(loss, has_aux=True)(state.params, part)
             return apply_gradients(optimizer, grads, state), notes
 
-        def epoch(state: TrainState, key: Array) -> tuple[TrainState, tuple]:
+        def epoch(state: TrainState, key: Array) -> tuple[TrainState, PyTree]:
             order = jax.random.permutation(key, total).reshape(minibatches, -1)
             return lax.scan(lambda s, rows: update(s, jax.tree.map(lambda leaf: leaf[rows], flat)), state, order)
 
