@@ -36,7 +36,7 @@ def directions(view: PoolView) -> Array:
     moved, away = embedding - centre, jnp.sqrt((centre**2).sum())
     length = jnp.sqrt((embedding**2).sum(-1))
     safe, safe_away = jnp.where(length > 0, length, 1.0), jnp.where(away > 0, away, 1.0)
-    shrunk = (moved * (embedding + centre)).sum(-1) / (safe * safe_away * (safe + safe_away))
+    shrunk = ((moved**2).sum(-1) + 2.0 * moved @ centre) / (safe * safe_away * (safe + safe_away))
     unit = moved / safe[:, None] - jnp.where(away > 0, shrunk, 0.0)[:, None] * centre
     unit = jnp.where(length[:, None] > 0, unit, -centre / safe_away)
     mean = jnp.where(real[:, None], unit, 0.0).sum(0) / jnp.maximum(real.sum(), 1)
@@ -95,13 +95,15 @@ def spread_in_turn(
     check_count(k, n)
     noise, short = row_noise(key, view.row), min(SHORTLIST, n)
 
+    def listing(nearest: Array, available: Array) -> _Spread:
+        listed = top_by_noise(score(nearest), available, noise, short)
+        exact = jnp.zeros(n, bool).at[listed].set(True)
+        return _Spread(nearest, available, listed, rows[listed], exact, jnp.zeros(PENDING, jnp.int32), jnp.int32(0))
+
     def refresh(state: _Spread) -> _Spread:
         mine = distance(rows, square, rows[state.pending], square[state.pending])
         mine = jnp.where(jnp.arange(PENDING) < state.count, mine, jnp.inf).min(-1)
-        nearest = jnp.minimum(state.nearest, mine)
-        listed = top_by_noise(score(nearest), state.available, noise, short)
-        exact = jnp.zeros(n, bool).at[listed].set(True)
-        return _Spread(nearest, state.available, listed, rows[listed], exact, state.pending, jnp.int32(0))
+        return listing(jnp.minimum(state.nearest, mine), state.available)
 
     def stale(state: _Spread) -> Array:
         worth = jnp.where(state.available, score(state.nearest), -jnp.inf)
@@ -127,10 +129,7 @@ def spread_in_turn(
         )
         return new, (best, valid)
 
-    nothing = jnp.zeros(PENDING, jnp.int32)
-    start = _Spread(nearest, view.available, jnp.zeros(short, jnp.int32), jnp.zeros((short, d), rows.dtype),
-                    jnp.zeros(n, bool), nothing, jnp.int32(0))  # fmt: skip
-    _, (index, valid) = lax.scan(pick, refresh(start), length=k)
+    _, (index, valid) = lax.scan(pick, listing(nearest, view.available), length=k)
     return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=score(nearest))
 
 
