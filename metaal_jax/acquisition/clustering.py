@@ -66,8 +66,8 @@ def lloyd(
     """Lloyd's algorithm from k-means++ starts, with centres that do not move beside those that do.
 
     Starts are drawn with probability proportional to `weight` times the squared distance to the nearest start or fixed
-    centre, among at most `max(4096, 16 clusters)` random rows. A cluster that has become empty keeps its centre.
-    Centres are moved by at most `max(16384, 16 clusters)` random rows; then all rows are assigned.
+    centre, among at most `max(4096, 8 clusters)` random rows. A cluster that has become empty keeps its centre.
+    Centres are moved by at most `max(8192, 8 clusters)` random rows; then all rows are assigned.
 
     Args:
       key: consumed.
@@ -99,7 +99,7 @@ def lloyd(
 
     sample_key, start_key = jax.random.split(key)
     # The sample's order comes from noise that belongs to rows, so the draws do not depend on the order of the pool.
-    begins, moves = min(n, max(4096, 16 * clusters)), min(n, max(16384, 16 * clusters))
+    begins, moves = min(n, max(4096, 8 * clusters)), min(n, max(8192, 8 * clusters))
     sample, found = select_top(sample_key, jnp.zeros(n), weight > 0, row, moves)
     rows, mass = x[sample[:begins]], jnp.where(found, weight[sample], 0.0)[:begins]
     square = (rows**2).sum(-1)

@@ -60,7 +60,7 @@ def density_weighted(scorer: Scorer, *, beta: float | Array = 1.0) -> Scorer:
 
 
 def discriminative(
-    *, k: int, sub_batches: int = 10, steps: int = 10, ridge: float | Array = 0.01, considered: int = 8192
+    *, k: int, sub_batches: int = 10, steps: int = 10, ridge: float | Array = 0.01, considered: int = 4096
 ) -> Policy:
     """The rows that a classifier of labelled against unlabelled rows most confidently calls unlabelled.
 

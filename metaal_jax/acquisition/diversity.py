@@ -45,8 +45,25 @@ def directions(view: PoolView) -> Array:
 
 def distance_to_labelled(embedding: Array, view: PoolView) -> Array:
     """Squared distance of the rows of `embedding` `[n, d]` to the nearest labelled row, `[n]`; inf where none is."""
-    distance = squared_distances(embedding, embedding[view.labelled_index])
-    return jnp.where(view.labelled_index >= 0, distance, jnp.inf).min(-1, initial=jnp.inf)
+
+    def to_some(index: Array) -> Array:
+        distance = squared_distances(embedding, embedding[index])
+        return jnp.where(index >= 0, distance, jnp.inf).min(-1, initial=jnp.inf)
+
+    if embedding.size <= PLAIN:
+        return to_some(view.labelled_index)
+    return nearest_in_blocks(to_some, view.labelled_index, embedding.shape[0])
+
+
+def nearest_in_blocks(distance: Callable[[Array], Array], index: Array, n: int) -> Array:
+    """The smallest of `distance(part of index)`, `[n]`, over as many parts as hold rows; empty places cost nothing."""
+    blocks = jnp.pad(index, (0, -index.shape[0] % PENDING), constant_values=-1).reshape(-1, PENDING)
+    used = jnp.where((blocks >= 0).any(-1), jnp.arange(blocks.shape[0]) + 1, 0).max(initial=0)
+
+    def take_in(block: Array, nearest: Array) -> Array:
+        return jnp.minimum(nearest, distance(blocks[block]))
+
+    return lax.fori_loop(0, used, take_in, jnp.full(n, jnp.inf))
 
 
 PLAIN = 2**21  # entries of an embedding that is read anew for every pick

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.clustering import draw
-from metaal_jax.acquisition.diversity import PENDING, PLAIN
+from metaal_jax.acquisition.diversity import PENDING, PLAIN, nearest_in_blocks
 from metaal_jax.acquisition.lifts import check_count, fixed_rule
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require, require_classes, take
 from metaal_jax.losses import consensus
@@ -67,8 +67,15 @@ def badge(*, k: int, covered: bool = True) -> Policy:
         def nearest_labelled(own: _Gradient) -> Array:
             return jnp.where(centre, _squared_distance(own, known), jnp.inf).min(initial=jnp.inf)
 
+        plain = n * view.prediction.embedding.shape[-1] <= PLAIN
         start = jnp.full(n, jnp.inf)
-        if covered:
+        if covered and not plain:
+
+            def to_some(index: Array) -> Array:
+                return jnp.where((index >= 0)[:, None], _to_all(take(rows, index), rows), jnp.inf).min(0)
+
+            start = nearest_in_blocks(to_some, view.labelled_index, n)
+        elif covered:
             start = jax.vmap(nearest_labelled)(rows) if n <= 2048 else lax.map(nearest_labelled, rows, batch_size=2048)
 
         def pick(
@@ -87,7 +94,7 @@ def badge(*, k: int, covered: bool = True) -> Policy:
             return (distance, available.at[position].set(False), log_prob + share), (position, valid)
 
         state, keys = (start, view.available, jnp.zeros(())), jax.random.split(draw_key, k)
-        if n * view.prediction.embedding.shape[-1] <= PLAIN or k == 1:
+        if plain or k == 1:
             (_, _, log_prob), (index, valid) = lax.scan(pick, state, keys)
         else:
             # The first pick may be that of no centre; the others come in blocks.
