@@ -1,5 +1,8 @@
 """One table for the rules for regression, and their values against float64 NumPy forms written from the papers."""
 
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,17 +11,17 @@ import pytest
 from metaal_jax import acquisition
 from views import make_view, reorder
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
+from registry import REGRESSION, Need
+
+sys.path.pop(0)
+
 N, K = 24, 4
-RULES = {
-    "greedy_input": acquisition.greedy_input(k=K),
-    "greedy_input, embedding": acquisition.greedy_input(k=K, space="embedding"),
-    "greedy_output": acquisition.greedy_output(k=K),
-    "igs": acquisition.igs(k=K),
-    "committee_variance": acquisition.top_k(acquisition.committee_variance, k=K),
-    "expected_variance_reduction": acquisition.expected_variance_reduction(k=K),
-    "expected_model_change": acquisition.top_k(acquisition.expected_model_change, k=K),
-}
-COMMITTEES = ("committee_variance", "expected_variance_reduction", "expected_model_change")
+NEED = Need(k=K, rounds=3, classes=0, learner=None, refit=None, loss_learner=None)
+RULES = {name: strategy.make(NEED) for name, strategy in REGRESSION.items()}
+RULES["greedy_input, embedding"] = acquisition.greedy_input(k=K, space="embedding")
+COMMITTEES = [name for name, strategy in REGRESSION.items() if strategy.committee]
+ANYWHERE = ("random", "greedy_input", "greedy_input, embedding", "model_change")  # no matter what the labels are
 TRUTH = np.random.default_rng(9).normal(size=(N, 2)).astype(np.float32)
 
 
@@ -85,11 +88,11 @@ def test_rules_keep_the_contract(key, name):
     assert len({tuple(picks) for picks in ties.tolist()}) > 1  # broken by the key
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name != "expected_model_change"])
+@pytest.mark.parametrize("name", RULES)
 def test_rules_for_targets_refuse_classes(key, name):
     view = view_of(0)
     classes = view._replace(labelled=view.labelled._replace(y=jnp.zeros(6, jnp.int32)))
-    if name.startswith("greedy_input"):
+    if name in ANYWHERE:
         jax.eval_shape(decide(RULES[name]), key, classes)
         return
     with pytest.raises(ValueError, match=f"{name}: needs targets, and labels of int32"):
