@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.combinators import planned
-from metaal_jax.acquisition.lifts import check_count, select_top
+from metaal_jax.acquisition.lifts import check_count, contained, require_policy, select_top
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, ScoreFn, Trainable, require
 from metaal_jax.policies import features
 from metaal_jax.policies.features import Geometry, Memory, Observation
@@ -44,7 +44,9 @@ def _scores_of(network: nn.Module) -> ScoreFn:
 
     def score(policy_params: PyTree, observation: Observation) -> tuple[Array, Array]:
         rows = features.inputs(observation)
-        output: Any = network.apply(policy_params, rows, observation.situation, observation.available)
+        output: tuple[Array, Array] = network.apply(  # type: ignore[assignment]
+            policy_params, rows, observation.situation, observation.available
+        )
         return output
 
     return score
@@ -165,7 +167,7 @@ def learned(
         return jnp.where(drawable, log_prob, -jnp.inf), entropy, score(policy_params, observation)[1]
 
     train = Trainable(observe=observe, evaluate=evaluate if sample else None, score=score)
-    return Policy(init=init, begin=begin, act=act, train=train)
+    return contained(Policy(init=init, begin=begin, act=act, train=train), logits=True, embedding=True)
 
 
 def _in_plans(network: nn.Module, k: int, plan: int, **options: Any) -> Policy:
@@ -187,6 +189,7 @@ def _in_plans(network: nn.Module, k: int, plan: int, **options: Any) -> Policy:
 
 def fixed(policy: Policy, policy_params: PyTree) -> Policy:
     """A trained policy with its parameters, as a rule that has none: for selectors, bandits and combinators."""
+    require_policy("fixed", policy)
     return Policy(
         init=lambda key: (),
         begin=lambda key, _, view: policy.begin(key, policy_params, view),
@@ -238,7 +241,7 @@ def in_sequence(
       invalid pick, when nothing was available, counts 0.
     """
 
-    def pick(carry: tuple[Observation, Array], number: Array) -> tuple[tuple[Observation, Array], tuple]:
+    def pick(carry: tuple[Observation, Array], number: Array) -> tuple[tuple[Observation, Array], PyTree]:
         seen, scores = carry
         place = choose(number, scores, seen.available).astype(jnp.int32)
         valid = seen.available.any() & seen.available[place]

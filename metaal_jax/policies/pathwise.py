@@ -208,7 +208,8 @@ def pathwise(
                 log_probs = consensus(judge.predict(adapted, test.x).logits)
                 return cross_entropy(log_probs, test.y, test.weight)
 
-            return lax.map(after, weights).mean()
+            losses: Array = lax.map(after, weights)
+            return losses.mean()
 
         if refit is None:
             return judged(learner, meta, weights)
