@@ -119,8 +119,11 @@ def silent(annotator: Annotator, *, rate: float | Array) -> Annotator:
     def answer(key: Array, state: PyTree, problem: Problem, decision: Decision) -> tuple[Answer, PyTree]:
         run_key, inner = state
         given, inner = annotator.answer(key, inner, problem, decision)
-        draw = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(run_key, row)))
-        hit = draw(decision.index) < _of_rows("silent", rate, problem, decision)
+
+        def draw(row: Array) -> Array:
+            return jax.random.uniform(jax.random.fold_in(run_key, row))
+
+        hit = jax.vmap(draw)(decision.index) < _of_rows("silent", rate, problem, decision)
         return given._replace(weight=_kept(given, ~hit)), (run_key, inner)
 
     return Annotator(init=_keyed(annotator), answer=answer)

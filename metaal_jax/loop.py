@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from metaal_jax import annotators, inputs, metrics, stopping
+from metaal_jax.acquisition.lifts import require_policy
 from metaal_jax.active import ActiveLearner, ActiveState, Info
 from metaal_jax.base import (
     Annotator,
@@ -95,8 +96,7 @@ def active_learner(
     if not isinstance(learner, Learner):
         raise ValueError(f"active_learner: learner must be a Learner, such as learners.fine_tune(...), got "
                          f"{type(learner).__name__}")  # fmt: skip
-    if not isinstance(policy, Policy):
-        raise ValueError(f"active_learner: policy must be a Policy, got {policy!r}")
+    require_policy("active_learner", policy)
     require(capacity >= 1, f"active_learner: capacity must be at least 1, got {capacity}")
     require(budget is None or budget >= 0, f"active_learner: budget must not be negative, got {budget}")
     who = annotators.truth() if annotator is None else annotator

@@ -63,7 +63,8 @@ def nearest_in_blocks(distance: Callable[[Array], Array], index: Array, n: int) 
     def take_in(block: Array, nearest: Array) -> Array:
         return jnp.minimum(nearest, distance(blocks[block]))
 
-    return lax.fori_loop(0, used, take_in, jnp.full(n, jnp.inf))
+    nearest: Array = lax.fori_loop(0, used, take_in, jnp.full(n, jnp.inf))
+    return nearest
 
 
 PLAIN = 2**21  # entries of an embedding that is read anew for every pick

@@ -325,7 +325,8 @@ def environment(
         return observation, state, value, done, info
 
     def problem_of(params: EnvParams) -> Problem:
-        return jax.eval_shape(lambda data: sampler(jax.random.key(0), data), params.data)
+        shape: Problem = jax.eval_shape(lambda data: sampler(jax.random.key(0), data), params.data)
+        return shape
 
     return Environment(
         reset=reset,

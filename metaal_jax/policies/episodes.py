@@ -262,7 +262,9 @@ def make_trainer(
     return PolicyTrainer(init=init, step=step, run=repeated(step), joint=joint)
 
 
-def repeated(step: Callable[[Array, TrainState, PyTree], tuple[TrainState, Metrics]]) -> Callable:
+def repeated(
+    step: Callable[[Array, TrainState, PyTree], tuple[TrainState, Metrics]],
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """A trainer's `run` by its `step`."""
 
     def run(key: Array, state: TrainState, data: PyTree, *, steps: int) -> tuple[TrainState, Metrics]:
@@ -285,7 +287,7 @@ def apply_gradients(
     return state._replace(params=params, meta=meta, opt_state=opt_state)
 
 
-def one_by_one(f: Callable, arrays: PyTree, at_once: int | None) -> PyTree:
+def one_by_one(f: Callable[[PyTree], PyTree], arrays: PyTree, at_once: int | None) -> PyTree:
     """`f` mapped over the leading axis, `at_once` of them side by side."""
     n = rows_of(arrays)
     return jax.vmap(f)(arrays) if at_once is None or at_once >= n else lax.map(f, arrays, batch_size=at_once)
