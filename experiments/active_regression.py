@@ -148,9 +148,9 @@ def job(config: Config) -> None:
                   for rule, values in area.items()]  # fmt: skip
     corrected = holm(tests)
     for pair in pairs:
-        pair["p_holm"] = corrected[pair["target"], pair["a"]["strategy"]]
+        pair["p_holm"] = float(f"{corrected[pair['target'], pair['a']['strategy']]:.3g}")
     for line in table:
-        line.append("" if line[1] == "random" else corrected[line[0], line[1]])
+        line.append("" if line[1] == "random" else f"{corrected[line[0], line[1]]:.2g}")
     print(tabulate(table, headers=["table", "strategy", "area of RMSE", "less random's", "p (Holm)"]))
     print(f"means over labels 1 to {config.budget} and {config.seeds} seeds; {time.perf_counter() - start:.0f} s")
     if config.save_results:

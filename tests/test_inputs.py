@@ -49,7 +49,8 @@ REFUSED = {  # what is given -> what the message says
     "new rows of another shape": (lambda: tasks.extend(tasks.problem(X, rows=33), X[:2, :3]), "rows of shape"),
     "new rows with NaN": (lambda: tasks.extend(tasks.problem(X, rows=60), HOLE), r"x\[7, 2\]"),
     "new labels for none": (lambda: tasks.extend(tasks.problem(X, rows=33), X[:2], [0, 1]), "has no y"),
-    "a scorer for a policy": (lambda: active_learner(CENTROIDS, acquisition.margin, capacity=3), r"acquisition\.top_k\(margin"),
+    "a scorer for a policy": (
+        lambda: active_learner(CENTROIDS, acquisition.margin, capacity=3), r"acquisition\.top_k\(margin"),
     "the name of a policy": (lambda: active_learner(CENTROIDS, "cifar10", capacity=3), r"policies\.load\('cifar10'\)"),
     "a model for a learner": (lambda: active_learner(models.MLP(3), MARGIN, capacity=3), "learner must be a Learner"),
     "targets scored as classes": (lambda: metrics.score(jnp.zeros((1, 2, 3)), jnp.zeros(2), jnp.ones(2)),
