@@ -288,3 +288,26 @@ def test_batch_norm_with_nan_in_padding(key):
     for got, wanted in zip(*(jax.value_and_grad(loss)(variables["params"]["scale"], z) for z in (padded, x)),
                            strict=True):  # fmt: skip
         np.testing.assert_allclose(got, wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["RowNetwork", "LinearNetwork", "SetNetwork"])
+def test_rows_that_do_not_count_may_hold_nan(key, name):
+    """Scores, value and gradients as with zeros there; without any row that counts they are finite."""
+    network = getattr(models, name)()
+    rows, situation = jax.random.normal(key, (5, 4)), jnp.asarray([0.3, -1.0])
+    mask = jnp.asarray([True, True, False, True, False])
+    params = network.init(key, rows, situation, mask)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+
+    @jax.jit
+    def read(params, rows, mask):
+        def total(params):
+            scores, value = network.apply(params, rows, situation, mask)
+            return jnp.where(mask, jnp.sin(scores), 0.0).sum() + value
+
+        return jax.value_and_grad(total)(params)
+
+    wanted = read(params, jnp.where(mask[:, None], rows, 0.0), mask)
+    got = read(params, jnp.where(mask[:, None], rows, jnp.nan), mask)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, wanted)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(read(params, jnp.nan * rows, mask & False)))

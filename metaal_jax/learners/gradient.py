@@ -27,7 +27,7 @@ from metaal_jax.learners.adaptation import (
     without,
 )
 from metaal_jax.learners.heads import check_class_loss, prototype_head
-from metaal_jax.learners.inner_loop import check_optimizer, check_remat, inner_loop
+from metaal_jax.learners.inner_loop import check_optimizer, check_remat, draw_rows, inner_loop
 
 LEARNABLE = ("decay", "proximal", "temperature", "steps")
 OPEN = 3.0  # logit at which a learned step starts: 95 % of it is taken
@@ -267,7 +267,7 @@ def gradient_steps(
         def step_loss(free: PyTree, now: PyTree = None) -> Array:
             rows, embedding = batch, problem.embedding
             if minibatch is not None:
-                index = _draw(now["key"], batch.weight, min(minibatch, rows_of(batch)))
+                index = draw_rows(now["key"], batch.weight, min(minibatch, rows_of(batch)))
                 rows, embedding = take(batch, index), None if embedding is None else embedding[index]
             return loss_of(free, problem, rows, embedding, now["norm"] if per_step_norm else {})
 
@@ -384,11 +384,6 @@ def _merge(tree: PyTree, part: PyTree) -> PyTree:
 
 def _squares(tree: PyTree) -> Array:
     return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), start=jnp.zeros(()))
-
-
-def _draw(key: Array, weight: Array, k: int) -> Array:
-    """`k` row numbers, those of weight first, in random order."""
-    return lax.top_k(jnp.where(weight > 0, jax.random.uniform(key, weight.shape), -1.0), k)[1]
 
 
 def _chunks(batch: Batch, size: int) -> tuple[Batch, Array]:

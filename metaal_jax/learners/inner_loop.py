@@ -67,6 +67,11 @@ def inner_loop(
     return after if path else params
 
 
+def draw_rows(key: Array, weight: Array, k: int) -> Array:
+    """`k` row numbers, those of positive weight first, in random order."""
+    return lax.top_k(jnp.where(weight > 0, jax.random.uniform(key, weight.shape), -1.0), k)[1]
+
+
 def check_optimizer(optimizer: Any) -> None:
     """Raises `ValueError` for what is no Optax transformation, or one that needs more than gradients.
 

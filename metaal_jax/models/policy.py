@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from metaal_jax.losses import clear_padding
+
 
 def _value(situation: Array, width: int) -> Array:
     return nn.Dense(1, name="value_2")(nn.tanh(nn.Dense(width, name="value_1")(situation)))[..., 0]
@@ -34,7 +36,7 @@ class RowNetwork(nn.Module):
     @nn.compact
     def __call__(self, rows: Array, situation: Array, mask: Array) -> tuple[Array, Array]:
         """Inputs of the rows `[m, f]`, of the situation `[g]`, who counts `[m]` -> scores `[m]`, value `[]`."""
-        del mask
+        rows = clear_padding(rows, mask)
         hidden = nn.tanh(nn.Dense(self.width, name="rows")(rows) + nn.Dense(self.width, name="situation")(situation))
         hidden = nn.tanh(nn.Dense(self.width, name="hidden")(hidden))
         return _scores(hidden, rows, self.prior), _value(situation, self.width)
@@ -59,7 +61,7 @@ class LinearNetwork(nn.Module):
     @nn.compact
     def __call__(self, rows: Array, situation: Array, mask: Array) -> tuple[Array, Array]:
         """Inputs of the rows `[m, f]`, of the situation `[g]`, who counts `[m]` -> scores `[m]`, value `[]`."""
-        del mask
+        rows = clear_padding(rows, mask)
         start = jnp.zeros(rows.shape[-1]).at[: len(self.prior)].set(jnp.asarray(self.prior, jnp.float32))
         factors = self.param("factors", lambda _: start)
         if self.situation:
@@ -90,11 +92,13 @@ class SetNetwork(nn.Module):
     @nn.compact
     def __call__(self, rows: Array, situation: Array, mask: Array) -> tuple[Array, Array]:
         """Inputs of the rows `[m, f]`, of the situation `[g]`, who counts `[m]` -> scores `[m]`, value `[]`."""
+        rows = clear_padding(rows, mask)
         dense = lambda name, x: nn.Dense(self.width, name=name)(x)  # noqa: E731
         hidden = nn.tanh(dense("rows", rows) + dense("situation", situation))
         point = self.param("points", nn.initializers.normal(1.0), (self.points, self.width))
         asked = (point + dense("asked", situation)) @ dense("keys", hidden).T / jnp.sqrt(self.width)
-        share = jax.nn.softmax(jnp.where(mask, asked, -1e9), axis=-1) * mask.any()
+        # Without any row that counts nothing is left out, and the summary is 0.
+        share = jax.nn.softmax(jnp.where((mask | ~mask.any())[None], asked, -jnp.inf), axis=-1) * mask.any()
         summary = nn.tanh(dense("summary", share @ hidden))
         back = jax.nn.softmax(dense("asking", hidden) @ dense("answers", summary).T / jnp.sqrt(self.width), axis=-1)
         hidden = nn.tanh(dense("hidden", hidden) + back @ dense("told", summary))
