@@ -117,7 +117,7 @@ class MetaGradFn(Protocol):
     """`(key, meta, task, *, step) -> (grads, metrics)`: the outer loop's descent direction for one task.
 
     `grads` has the structure of `meta`; `step` is the outer step's number (int32 `[]`), for annealed losses;
-    `metrics` maps names to float32 `[]` and holds at least `loss` and `accuracy` on the query rows.
+    `metrics` maps names to float32 `[]` and holds at least `loss` and `score` on the query rows.
     """
 
     def __call__(self, key: Array, meta: PyTree, task: Task, /, *, step: Array) -> tuple[PyTree, Metrics]: ...  # noqa: D102
