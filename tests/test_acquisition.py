@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metaal_jax import Decision, Learner, Prediction, acquisition, check_policy, parallel
-from metaal_jax.acquisition.lifts import fixed_rule
+from metaal_jax import Decision, Learner, Policy, Prediction, acquisition, check_policy, parallel, policies
 from views import make_view, probabilities, reorder
 
 
@@ -195,7 +194,11 @@ def decide(index, valid=None, scores=None):
         mask = jnp.ones(len(index), bool) if valid is None else jnp.asarray(valid)
         return Decision(jnp.asarray(index), mask, jnp.zeros(()), jnp.zeros(20) if scores is None else scores)
 
-    return fixed_rule(act)
+    return Policy(
+        init=lambda key: (),
+        begin=lambda key, params, view: (),
+        act=lambda key, params, state, view: (act(key, (), view), ()),
+    )
 
 
 BROKEN = {
@@ -354,3 +357,55 @@ def test_typical_among_copies_of_one_row(key):
     picks = {tuple(run_typical(one, view)[0].index.tolist()) for one in jax.random.split(key, 5)}
     assert all(len(set(pick)) == 5 for pick in picks)
     assert len(picks) > 1
+
+
+@pytest.mark.parametrize("features", [2, 16])
+def test_typicality_far_from_the_origin(key, features):
+    """Four blobs plus 1000 in every coordinate: unit vectors that nearly agree, and differ by what they are."""
+    rng = np.random.default_rng(0)
+    corners = np.zeros((4, features))
+    corners[:, :2] = 6 * np.asarray([[0, 0], [0, 1], [1, 0], [1, 1]])
+    z = (np.repeat(corners, 50, axis=0) + rng.normal(size=(200, features)) + 1000).astype(np.float32)
+    view = make_view(0, n=200)
+    view = view._replace(prediction=view.prediction._replace(embedding=jnp.asarray(z[None])))
+    unit = z.astype(np.float64) / np.linalg.norm(z.astype(np.float64), axis=1, keepdims=True)
+    between = np.linalg.norm(unit[:, None] - unit, axis=-1)
+    wanted = 1 / np.sort(between, axis=1)[:, 1:21].mean(1)
+    np.testing.assert_allclose(acquisition.typical(k=5).begin(key, (), view)[1], wanted, rtol=1e-3)
+
+
+@pytest.mark.parametrize("wrong", ["cifar10", acquisition.margin, 3])
+def test_what_is_no_policy_is_refused_with_what_to_type(wrong):
+    """By whatever takes policies; a scorer is the usual mistake."""
+    typed = {"cifar10": "policies.load", 3: "acquisition.typical"}.get(wrong, r"acquisition.top_k\(margin, k=10\)")
+    rule = acquisition.typical(k=2)
+    for takes in (
+        lambda: acquisition.one_of([rule, wrong]),
+        lambda: acquisition.planned(wrong, rows=2),
+        lambda: acquisition.subsampled(wrong, rows=10),
+        lambda: acquisition.epsilon_mixture(rule, wrong, epsilon=0.1),
+        lambda: acquisition.switch_at([wrong, rule], labels=[3]),
+        lambda: acquisition.with_learner(wrong, LINEAR),
+        lambda: policies.exp4p([rule, wrong], k=2, horizon=3, reward=lambda view, probability: 0.0),
+        lambda: policies.selector([wrong], None, k=2),
+        lambda: policies.fixed(wrong, ()),
+    ):
+        with pytest.raises(ValueError, match=f"a Policy is wanted, got .*{typed}"):
+            takes()
+
+
+def test_what_is_no_scorer_is_refused():
+    for wrong in (acquisition.typical(k=2), "margin"):
+        for takes in (
+            lambda wrong: acquisition.top_k(wrong, k=2),
+            lambda wrong: acquisition.stochastic_top_k(wrong, k=2),
+            lambda wrong: acquisition.diverse(wrong, k=2),
+            lambda wrong: acquisition.class_balanced(wrong, k=2),
+            lambda wrong: acquisition.cluster_balanced(wrong, k=2),
+            acquisition.per_cost,
+            acquisition.density_weighted,
+            lambda wrong: acquisition.tempered(wrong, temperature=2.0),
+            lambda wrong: acquisition.sum_of_ranks([acquisition.margin, wrong]),
+        ):
+            with pytest.raises(ValueError, match="a scorer is wanted"):
+                takes(wrong)

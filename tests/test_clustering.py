@@ -213,3 +213,12 @@ def test_arguments_are_checked():
     }.items():
         with pytest.raises(ValueError, match=name):
             wrong()
+
+
+def test_kmeans_far_from_the_origin_beside_a_row_of_nan(key):
+    x = np.asarray([[0.0, 0.0], [0.0, 1.0], [5.0, 5.0], [5.0, 6.0], [np.nan, np.nan]]) + 3000.0
+    centres, assignment = acquisition.lloyd(
+        key, jnp.asarray(x, jnp.float32), jnp.asarray([1.0, 1, 1, 1, 0]), jnp.arange(5), clusters=2, iterations=5
+    )
+    assert assignment[0] == assignment[1] != assignment[2] == assignment[3]
+    np.testing.assert_allclose(centres[assignment[jnp.asarray([0, 2])]], [[3000, 3000.5], [3005, 3005.5]], atol=1e-3)

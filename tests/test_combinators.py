@@ -354,3 +354,28 @@ def test_arguments_are_checked():
     }.items():
         with pytest.raises(ValueError, match=name):
             wrong()
+
+
+def test_scores_of_nan_and_factors_of_infinity(key):
+    scores = np.array([np.nan, 0.5, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4])
+    view = make_view(0, n=8, members=1, capacity=8)
+    for kind in LOGITS:
+        decision = decide(acquisition.stochastic_top_k(fixed(scores), k=8, kind=kind, beta=jnp.inf), key, view)
+        assert decision.index.tolist() == [2, 6, 4, 1, 7, 3, 5, 0]
+        assert decision.log_prob == 0
+        drawn = decide(acquisition.stochastic_top_k(fixed(scores), k=8, kind=kind, beta=2.0), key, view)
+        assert drawn.index[-1] == 0
+        assert np.isfinite(drawn.log_prob)
+    decision = decide(acquisition.diverse(fixed(scores), k=4, balance=0.0), key, view)
+    assert decision.index.tolist() == [2, 6, 4, 1]
+    ranked = acquisition.sum_of_ranks([fixed(scores), fixed(-np.arange(8.0))])
+    assert decide(acquisition.top_k(ranked, k=8), key, view).index[-1] == 0
+    for rule in (acquisition.class_balanced(fixed(scores), k=8), acquisition.cluster_balanced(fixed(scores), k=8)):
+        assert decide(rule, key, view).index[-1] == 0
+
+
+def test_rows_that_cost_nothing_come_first(key):
+    """Whatever their score; among them the higher score does."""
+    view = make_view(0, n=6, members=1, capacity=6)._replace(cost=jnp.asarray([1.0, 2.0, 0.0, 1e-6, 0.0, 4.0]))
+    rule = acquisition.top_k(acquisition.per_cost(fixed(np.array([5.0, 4.0, 0.0, 9.0, 3.0, np.nan]))), k=6)
+    assert decide(rule, key, view).index.tolist() == [4, 2, 3, 0, 1, 5]

@@ -9,6 +9,7 @@ import pytest
 from scipy import optimize
 
 from metaal_jax import acquisition
+from metaal_jax.acquisition import diversity, gradient_embedding
 from metaal_jax.acquisition.clustering import draw
 from views import make_view, probabilities, run
 
@@ -174,8 +175,8 @@ def test_density_is_the_mean_cosine(key):
     z, real, _ = plain(view, unit=True)
     mean = np.asarray([np.mean([a @ b for b in z[real]]) for a in z])
     density, weighted, entropy = densities(key, view)
-    np.testing.assert_allclose(density, mean, atol=1e-6)
-    np.testing.assert_allclose(weighted, entropy * np.maximum(mean, 0) ** 2, atol=1e-5)
+    np.testing.assert_allclose(density[real], mean[real], atol=1e-6)
+    np.testing.assert_allclose(weighted[real], (entropy * np.maximum(mean, 0) ** 2)[real], atol=1e-5)
 
 
 DISCRIMINATE = run(acquisition.discriminative(k=4, sub_batches=2))
@@ -248,7 +249,8 @@ def test_badge_draws_by_squared_distance_of_gradients(key, covered, name):
             weight = (gradients**2).sum(1)
             assert pick == np.where(left, weight, -1).argmax()
         if turn == 0:
-            np.testing.assert_allclose(decision.scores, weight, rtol=1e-3, atol=1e-4)
+            real = np.asarray(view.weight) > 0
+            np.testing.assert_allclose(decision.scores[real], weight[real], rtol=1e-3, atol=1e-4)
         left[pick] = False
         centres.append(pick)
     np.testing.assert_allclose(decision.log_prob, log_prob, rtol=1e-3)
@@ -291,3 +293,67 @@ def test_arguments_are_checked():
     }.items():
         with pytest.raises(ValueError, match=name):
             wrong()
+
+
+@pytest.mark.parametrize("features", [1, 3])
+def test_k_center_beside_a_row_far_out(key, features):
+    x = np.tile([0.0, 1, 2, 3, 5, 8], 10)
+    x[-1] = 1e6
+    view = make_view(0, n=60, labelled=(0, 59))._replace(budget=jnp.float32(100))
+    z = jnp.asarray(np.repeat(x[None, :, None], features, axis=2), jnp.float32)
+    view = view._replace(prediction=view.prediction._replace(embedding=z))
+    picks = acquisition.k_center(k=5).act(key, (), (), view)[0].index
+    assert np.abs(x[:, None] - x[[0, 59, *picks.tolist()]]).min(1).max() == 0
+
+
+def test_shortlists_and_blocks_pick_as_the_plain_loops(key, monkeypatch):
+    """What large pools go through, on a small one: the same rows, or where they are drawn the same chances."""
+    rng = np.random.default_rng(3)
+    view = make_view(1, n=120, labelled=(3, 70), queried=(5,), padding=9, capacity=50)
+    z = jnp.asarray(
+        (rng.normal(size=(4, 6))[rng.integers(0, 4, 120)] + 0.3 * rng.normal(size=(120, 6)))[None], jnp.float32
+    )
+    view = view._replace(prediction=view.prediction._replace(embedding=z), budget=jnp.float32(1000))
+    cold = view._replace(labelled_index=jnp.full(50, -1, jnp.int32), queried=jnp.zeros(120, bool))
+    rules = (acquisition.k_center(k=30), acquisition.typical(k=30))
+
+    def picks(view):
+        return [rule.act(key, (), rule.begin(key, (), view), view)[0].index for rule in rules]
+
+    plain = jax.jit(picks)(view)
+    for module in (diversity, gradient_embedding):
+        monkeypatch.setattr(module, "PLAIN", 1)
+        monkeypatch.setattr(module, "PENDING", 5)
+    monkeypatch.setattr(diversity, "SHORTLIST", 16)
+    for one, other in zip(plain, jax.jit(lambda view: picks(view))(view), strict=True):
+        np.testing.assert_array_equal(one, other)
+    run = jax.jit(lambda key, view: BLOCKS.act(key, (), (), view)[0])
+    for name, pool in (("labelled", view), ("cold", cold)):
+        decision, total = run(key, pool), 0.0
+        gradients, left = plain_gradients(pool), np.asarray(pool.available).copy()
+        centres = [i for i in pool.labelled_index.tolist() if i >= 0]
+        for pick in decision.index.tolist():
+            assert left[pick]
+            if centres:
+                chance = np.where(left, distances(gradients, gradients[centres]).min(1) ** 2, 0)
+                total += np.log(chance[pick] / chance.sum())
+            left[pick] = False
+            centres.append(pick)
+        np.testing.assert_allclose(decision.log_prob, total, rtol=1e-3, err_msg=name)
+    # The last of two picks follows the distances to the first.
+    few = make_view(4, n=7, members=1, capacity=7)
+    second = jax.jit(jax.vmap(lambda key: BADGE_PAIR.act(key, (), (), few)[0].index))(jax.random.split(key, 3000))
+    first, gradients = int(second[0, 0]), plain_gradients(few)
+    assert (second[:, 0] == first).all()
+    counts = np.bincount(second[:, 2], minlength=7)
+    wanted = np.zeros(7)
+    chance = distances(gradients, gradients[[first]])[:, 0] ** 2
+    for i in set(range(7)) - {first}:
+        later = np.minimum(chance, distances(gradients, gradients[[i]])[:, 0] ** 2)
+        later[[first, i]] = 0
+        wanted += 3000 * chance[i] / chance.sum() * later / later.sum()
+    common = wanted > 5
+    assert (((counts - wanted) ** 2)[common] / wanted[common]).sum() < 25  # at most 5 degrees of freedom
+
+
+BLOCKS, BADGE_PAIR = acquisition.badge(k=14), acquisition.badge(k=3)

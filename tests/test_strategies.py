@@ -51,6 +51,20 @@ def view_of(seed, members, *, labelled=(), y=TRUTH, logits=None, same=False, **o
     return view._replace(labelled=batch, meta=META, params=META, budget=jnp.float32(100))
 
 
+LEFT = jnp.asarray([0, 7, 20])
+
+
+def filled(view, rows, value=jnp.nan):
+    """The view with a value in all that `rows` hold."""
+    return view._replace(
+        x=jnp.where(rows[:, None], value, view.x),
+        prediction=jax.tree.map(lambda leaf: jnp.where(rows[:, None], value, leaf), view.prediction),
+        labelled=view.labelled._replace(
+            x=jnp.where((rows[view.labelled_index] & (view.labelled_index >= 0))[:, None], value, view.labelled.x)
+        ),
+    )
+
+
 def cases(members):
     """Pools of one shape, so that one program serves them all."""
     rng = np.random.default_rng(5)
@@ -58,17 +72,24 @@ def cases(members):
     base = view_of(14, members, queried=(3, 5), labelled=(1, 8))
     order = rng.permutation(N)
     padded = view_of(2, members, queried=(3, 5), labelled=(1, 8), padding=4)
-    junk = jnp.arange(N) >= N - 4
-    other = jax.tree.map(lambda leaf: jnp.where(junk[None, :, None], 7.0 - 3 * leaf, leaf), padded.prediction)
+    absent = np.where(np.arange(CLASSES) < 2, rng.normal(size=(members, N, CLASSES)), -np.inf)
     sure = np.where(rng.random((members, N, CLASSES)) < 0.5, 1e4, -1e4)
     return {
         "base": base,
         "same again": base,
         "permuted": reorder(base, order),
         "padded": padded,
-        "padded with junk": padded._replace(prediction=other, x=jnp.where(junk[:, None], 50.0, padded.x)),
+        "padded with NaN": filled(padded, jnp.arange(N) >= N - 4),
+        "padded with junk": filled(padded, jnp.arange(N) >= N - 4, 1e30),
+        # A row that holds NaN is as if it were not there, and comes last.
+        "one row less": base._replace(weight=base.weight.at[7].set(0.0)),
+        "one NaN row": filled(base, base.row == 7),
+        "one labelled NaN row": filled(base, base.row == 8),
+        "a NaN row and two others": filled(base, base.row == 7)._replace(queried=~jnp.isin(base.row, LEFT)),
+        "only NaN rows": filled(base, jnp.ones(N, bool)),
+        "classes without a label": view_of(2, members, labelled=(1, 8), logits=absent),
         "cold": view_of(2, members),
-        "three left": base._replace(queried=~jnp.isin(base.row, jnp.asarray([0, 7, 20]))),
+        "three left": base._replace(queried=~jnp.isin(base.row, LEFT)),
         "none left": base._replace(queried=jnp.ones(N, bool)),
         "identical rows": view_of(2, members, labelled=(1, 8), same=True),
         "one class": view_of(2, members, labelled=(1, 8), y=np.zeros(N, int),
@@ -110,7 +131,14 @@ def test_strategies_keep_the_contract(key, name):
         assert not np.isnan(decision.scores[available]).any(), case
         assert np.isfinite(decision.log_prob), case
     assert (got["same again"].index == got["base"].index).all()
+    np.testing.assert_array_equal(got["padded with NaN"].index, got["padded"].index)
     np.testing.assert_array_equal(got["padded with junk"].index, got["padded"].index)
+    np.testing.assert_array_equal(got["one NaN row"].index, got["one row less"].index)
+    real = np.arange(N) != 7
+    np.testing.assert_allclose(got["one NaN row"].scores[real], got["one row less"].scores[real], rtol=1e-5)
+    assert got["one NaN row"].scores[7] == -np.inf
+    last = got["a NaN row and two others"]
+    assert last.index[last.valid][-1] == 7
     np.testing.assert_array_equal(order[got["permuted"].index], got["base"].index)  # noise belongs to rows
     one = jax.jit(run)
     alone = one(key, views["base"])

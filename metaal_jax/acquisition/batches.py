@@ -5,16 +5,28 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from metaal_jax.acquisition.lifts import Scorer, check_count, descending_rank, fixed_rule, pick_in_turn, select_top
-from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
+from metaal_jax.acquisition.lifts import (
+    Scorer,
+    check_count,
+    descending_rank,
+    fill_up,
+    fixed_rule,
+    pick_in_turn,
+    require_scorer,
+    scored,
+    select_top,
+)
+from metaal_jax.base import Decision, Policy, PoolView, PyTree, require, require_classes
 from metaal_jax.losses import consensus
 
 
 def _finite(scores: Array) -> Array:
-    """Infinities as large numbers, NaN as the lowest score."""
-    return jnp.clip(jnp.nan_to_num(scores, nan=-jnp.inf), -1e30, 1e30)
+    """Infinities as the largest numbers that leave room for a sum."""
+    largest = np.finfo(scores.dtype).max / 16
+    return jnp.clip(scores, -largest, largest)
 
 
 def stochastic_top_k(
@@ -31,13 +43,14 @@ def stochastic_top_k(
       scorer: any scorer.
       k: rows a round.
       kind: what the noise is added to.
-      beta: from 0, a random batch, to infinity, the top-k.
+      beta: from 0, a random batch, to infinity, the top-k, whose `log_prob` is 0.
 
     Raises:
       ValueError: for `k < 1`, `beta < 0` or an unknown kind.
 
     Reference: Kirsch et al.: Stochastic Batch Acquisition, 2021.
     """
+    require_scorer("stochastic_top_k", scorer)
     require(k >= 1, f"stochastic_top_k: k must be at least 1, got {k}")
     require(beta >= 0, f"stochastic_top_k: beta must not be negative, got {beta}")
     if kind not in ("softmax", "power", "rank"):
@@ -46,17 +59,25 @@ def stochastic_top_k(
     def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         check_count(k, view.row.shape[0])
         score_key, noise_key, tie_key = jax.random.split(key, 3)
-        scores = scorer(score_key, view)
+        scores, view, rest = scored(score_key, scorer, view)
         available = view.available
         logits = _finite(scores)
         if kind == "power":
             logits = jnp.log(jnp.maximum(logits, 1e-30))
         elif kind == "rank":
             logits = -jnp.log(descending_rank(logits, available))
-        logits = beta * logits
+        # Only differences count; none is above 0, and for a large factor none is infinite.
+        logits = jnp.where(available, logits - lax.stop_gradient(jnp.where(available, logits, -jnp.inf).max()), 0.0)
         gumbel = jax.vmap(lambda row: jax.random.gumbel(jax.random.fold_in(noise_key, row)))(view.row)
-        index, valid = select_top(tie_key, logits + gumbel, available, view.row, k)
-        return Decision(index=index, valid=valid, log_prob=_sequence(logits, available, index, valid), scores=scores)
+        # The same order whether the noise is divided or the scores are multiplied: neither becomes infinite.
+        factor = jnp.asarray(beta, logits.dtype)
+        large = factor > 1.0
+        worth = logits * jnp.where(large, 1.0, factor) + gumbel / jnp.where(large, factor, 1.0)
+        index, valid = select_top(tie_key, worth, available, view.row, k)
+        sure = jnp.isinf(factor)
+        logits = jnp.maximum(jnp.where(sure, 1.0, factor) * logits, -np.finfo(logits.dtype).max / 16)
+        log_prob = jnp.where(sure, 0.0, _sequence(logits, available, index, valid))
+        return fill_up(Decision(index=index, valid=valid, log_prob=log_prob, scores=scores), rest, view.row)
 
     return fixed_rule(act)
 
@@ -84,12 +105,15 @@ def class_balanced(scorer: Scorer, *, k: int) -> Policy:
     Reference: Bengar et al.: Class-Balanced Active Learning for Image Classification, 2022; there the balance is a
     penalty on the score, here it comes first.
     """
+    require_scorer("class_balanced", scorer)
     require(k >= 1, f"class_balanced: k must be at least 1, got {k}")
 
     def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
+        require_classes("class_balanced", view)
         score_key, tie_key = jax.random.split(key)
+        scores, view, rest = scored(score_key, scorer, view)
         # -inf is kept for rows of classes that are not due.
-        scores = _finite(scorer(score_key, view))
+        scores = _finite(scores)
         predicted = consensus(view.prediction.logits).argmax(-1)
         classes = view.prediction.logits.shape[-1]
         counts = jnp.zeros(classes).at[view.labelled.y].add(view.labelled.weight > 0)
@@ -104,9 +128,13 @@ def class_balanced(scorer: Scorer, *, k: int) -> Policy:
             return counts.at[predicted[position]].add(1.0), available.at[position].set(False)
 
         decision = pick_in_turn(tie_key, view, k, (counts, view.available), due, count)
-        return decision._replace(scores=scores)
+        return fill_up(
+            Decision(index=decision.index, valid=decision.valid, log_prob=decision.log_prob, scores=scores),
+            rest,
+            view.row,
+        )
 
-    return fixed_rule(act)
+    return fixed_rule(act, logits=True)
 
 
 def diverse(
@@ -134,6 +162,7 @@ def diverse(
 
     Reference: Cardoso et al.: Ranked Batch-Mode Active Learning, 2017.
     """
+    require_scorer("diverse", scorer)
     require(k >= 1, f"diverse: k must be at least 1, got {k}")
     if balance is not None:
         require((balance >= 0) & (balance <= 1), f"diverse: balance must lie in [0, 1], got {balance}")
@@ -141,8 +170,8 @@ def diverse(
 
     def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         score_key, tie_key = jax.random.split(key)
-        available = view.available
-        scores = _finite(scorer(score_key, view))
+        scores, view, rest = scored(score_key, scorer, view)
+        scores, available = _finite(scores), view.available
         low = jnp.where(available, scores, jnp.inf).min()
         high = jnp.where(available, scores, -jnp.inf).max()
         scaled = jnp.where(high > low, (scores - low) / jnp.where(high > low, high - low, 1.0), 0.0)
@@ -166,11 +195,12 @@ def diverse(
             both = share * (1.0 - 1.0 / (1.0 + nearest)) + (1.0 - share) * scaled
             return jnp.where(jnp.isinf(nearest), scaled, both)
 
-        return pick_in_turn(
+        decision = pick_in_turn(
             tie_key, view, k, (nearest, known.sum()), value, lambda c, position: (cover(c[0], position), c[1] + 1)
         )
+        return fill_up(decision, rest, view.row)
 
-    return fixed_rule(act)
+    return fixed_rule(act, embedding=True)
 
 
 def _euclidean(embedding: Array, row: Array) -> Array:

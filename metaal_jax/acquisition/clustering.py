@@ -4,10 +4,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from metaal_jax.acquisition.diversity import centred, unit_rows
-from metaal_jax.acquisition.lifts import Scorer, check_count, fixed_rule, pick_in_turn, select_top
+from metaal_jax.acquisition.diversity import centred, directions, smallest_distance
+from metaal_jax.acquisition.lifts import (
+    Scorer,
+    check_count,
+    fill_up,
+    fixed_rule,
+    pick_in_turn,
+    require_scorer,
+    scored,
+    select_top,
+)
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
-from metaal_jax.rows import place_in_group, row_noise, squared_distances
+from metaal_jax.rows import finite_rows, middle, place_in_group, row_noise, squared_distances
 
 
 def draw(key: Array, weight: Array) -> Array:
@@ -57,12 +66,13 @@ def lloyd(
     """Lloyd's algorithm from k-means++ starts, with centres that do not move beside those that do.
 
     Starts are drawn with probability proportional to `weight` times the squared distance to the nearest start or fixed
-    centre, among at most `max(4096, 16 clusters)` random rows. A cluster that has become empty keeps its centre.
+    centre, among at most `max(4096, 8 clusters)` random rows. A cluster that has become empty keeps its centre.
+    Centres are moved by at most `max(8192, 8 clusters)` random rows; then all rows are assigned.
 
     Args:
       key: consumed.
       x: `[n, d]`.
-      weight: `[n]`, not negative; 0 for rows that move no centre.
+      weight: `[n]`, not negative; 0 for rows that move no centre, as all rows do that are not finite.
       row: int32 `[n]`, row numbers that the random choices belong to.
       clusters: number of moving centres, static.
       iterations: of Lloyd's algorithm, static.
@@ -76,15 +86,22 @@ def lloyd(
     Reference: Arthur, Vassilvitskii: k-means++: The Advantages of Careful Seeding, 2007.
     """
     n, d = x.shape
-    fixed = jnp.zeros((0, d)) if fixed is None else fixed
+    sound = finite_rows(x)
+    weight = jnp.where(sound, weight, 0.0)
+    # Seen from amid the rows, distances lose less to rounding.
+    centre = middle(jnp.where(sound[:, None], x, 0.0), weight > 0, row)
+    x = jnp.where(sound[:, None], x - centre, 0.0)
+    fixed = jnp.zeros((0, d)) if fixed is None else fixed - centre
     fixed_used = jnp.ones(fixed.shape[0], bool) if fixed_used is None else fixed_used
+    fixed = jnp.where(fixed_used[:, None], fixed, 0.0)
     used = jnp.ones(clusters, bool) if count is None else jnp.arange(clusters) < count
     used = jnp.concatenate([used, fixed_used])
 
     sample_key, start_key = jax.random.split(key)
     # The sample's order comes from noise that belongs to rows, so the draws do not depend on the order of the pool.
-    sample, found = select_top(sample_key, jnp.zeros(n), weight > 0, row, min(n, max(4096, 16 * clusters)))
-    rows, mass = x[sample], jnp.where(found, weight[sample], 0.0)
+    begins, moves = min(n, max(4096, 8 * clusters)), min(n, max(8192, 8 * clusters))
+    sample, found = select_top(sample_key, jnp.zeros(n), weight > 0, row, moves)
+    rows, mass = x[sample[:begins]], jnp.where(found, weight[sample], 0.0)[:begins]
     square = (rows**2).sum(-1)
     distance = jnp.where(fixed_used, squared_distances(rows, fixed), jnp.inf).min(-1, initial=jnp.inf)
 
@@ -95,17 +112,16 @@ def lloyd(
         return jnp.minimum(distance, jnp.maximum(mine, 0.0)), rows[place]
 
     _, centres = lax.scan(start, distance, jax.random.split(start_key, clusters))
+    moving, load = (x, weight) if moves == n else (x[sample], jnp.where(found, weight[sample], 0.0))
 
-    def improve(turn: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        centres, _ = state
-        assignment = nearest(x, jnp.concatenate([centres, fixed]), used)
-        total = jax.ops.segment_sum(weight[:, None] * x, assignment, used.size)[:clusters]
-        size = jax.ops.segment_sum(weight, assignment, used.size)[:clusters, None]
-        # The last turn only assigns.
-        move = (size > 0) & (turn < iterations)
-        return jnp.where(move, total / jnp.where(size > 0, size, 1.0), centres), assignment
+    def improve(_: int, centres: Array) -> Array:
+        assignment = nearest(moving, jnp.concatenate([centres, fixed]), used)
+        total = jax.ops.segment_sum(load[:, None] * moving, assignment, used.size)[:clusters]
+        size = jax.ops.segment_sum(load, assignment, used.size)[:clusters, None]
+        return jnp.where(size > 0, total / jnp.where(size > 0, size, 1.0), centres)
 
-    return lax.fori_loop(0, iterations + 1, improve, (centres, jnp.zeros(n, jnp.int32)))
+    centres = lax.fori_loop(0, iterations, improve, centres)
+    return centres + centre, nearest(x, jnp.concatenate([centres, fixed]), used)
 
 
 def k_means(*, k: int, iterations: int = 10, scorer: Scorer | None = None) -> Policy:
@@ -130,6 +146,8 @@ def k_means(*, k: int, iterations: int = 10, scorer: Scorer | None = None) -> Po
     Reference: Bodó, Minier, Csató: Active Learning with Clustering, 2011; Zhdanov: Diverse Mini-Batch Active Learning,
     2019.
     """
+    if scorer is not None:
+        require_scorer("k_means", scorer)
     for name, value in (("k", k), ("iterations", iterations)):
         require(value >= 1, f"k_means: {name} must be at least 1, got {value}")
 
@@ -139,7 +157,8 @@ def k_means(*, k: int, iterations: int = 10, scorer: Scorer | None = None) -> Po
         real = (view.weight > 0).astype(jnp.float32)
         weight = real
         if scorer is not None:
-            weight = real * jnp.maximum(scorer(score_key, view), 0.0)
+            scores = scorer(score_key, view)
+            weight = jnp.where((real > 0) & (scores > 0), scores, 0.0)
             weight = jnp.where(weight.max() > 0, weight, real)
         centres, assignment = lloyd(
             cluster_key,
@@ -158,7 +177,7 @@ def k_means(*, k: int, iterations: int = 10, scorer: Scorer | None = None) -> Po
         )
         return Decision(decision.index, decision.valid, decision.log_prob, scores=-distance.min(0))
 
-    return fixed_rule(act)
+    return fixed_rule(act, embedding=True)
 
 
 def typiclust(
@@ -196,8 +215,8 @@ def typiclust(
 
     def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         cluster_key, order_key, pick_key = jax.random.split(key, 3)
-        embedding = unit_rows(view.prediction.embedding.mean(0))
-        n, real = embedding.shape[0], view.weight > 0
+        embedding = directions(view)
+        n, real, least = embedding.shape[0], view.weight > 0, smallest_distance(embedding, view)
         labelled = view.labelled_index >= 0
         most = min(labelled.size + k, clusters, n)
         _, assignment = lloyd(
@@ -215,7 +234,7 @@ def typiclust(
             return jax.ops.segment_sum(what.astype(jnp.int32), assignment, most + 1)[:most]
 
         size, left = per_cluster(real, assignment), per_cluster(view.available, assignment)
-        known = per_cluster(labelled, assignment[view.labelled_index])
+        known = per_cluster(labelled, jnp.where(labelled, assignment[view.labelled_index], most))
         # Clusters lie one after the other, rows that may be asked for before the others, otherwise in random order.
         members = min(n, max(considered, k))
         order = jnp.lexsort((row_noise(order_key, view.row), ~view.available, assignment))
@@ -235,7 +254,7 @@ def typiclust(
             close = -lax.top_k(-distance, min(neighbours, members))[0]
             there = jnp.isfinite(close)
             mean = jnp.sqrt(jnp.where(there, close, 0.0)).sum(-1) / jnp.maximum(there.sum(-1), 1)
-            return jnp.zeros(n).at[jnp.where(inside, position, n)].set(1.0 / jnp.maximum(mean, 1e-6), mode="drop")
+            return jnp.zeros(n).at[jnp.where(inside, position, n)].set(1.0 / jnp.maximum(mean, least), mode="drop")
 
         def count(carry: tuple[Array, Array], position: Array) -> tuple[Array, Array]:
             known, left = carry
@@ -243,7 +262,7 @@ def typiclust(
 
         return pick_in_turn(pick_key, view, k, (known, left), typicality, count)
 
-    return fixed_rule(act)
+    return fixed_rule(act, embedding=True)
 
 
 def cluster_balanced(scorer: Scorer, *, k: int, clusters: int | None = None, iterations: int = 10) -> Policy:
@@ -270,6 +289,7 @@ def cluster_balanced(scorer: Scorer, *, k: int, clusters: int | None = None, ite
     Reference: Citovsky, DeSalvo, Gentile, Karydas, Rajagopalan, Rostamizadeh, Kumar: Batch Active Learning at Scale,
     2021.
     """
+    require_scorer("cluster_balanced", scorer)
     for name, value in (("k", k), ("clusters", k if clusters is None else clusters), ("iterations", iterations)):
         require(value >= 1, f"cluster_balanced: {name} must be at least 1, got {value}")
 
@@ -282,12 +302,13 @@ def cluster_balanced(scorer: Scorer, *, k: int, clusters: int | None = None, ite
         n = view.row.shape[0]
         check_count(k, n)
         score_key, tie_key = jax.random.split(key)
-        scores = jnp.nan_to_num(scorer(score_key, view), nan=-jnp.inf)
+        scores, view, rest = scored(score_key, scorer, view)
         assignment = jnp.where(view.available, policy_state, n)
         size = jax.ops.segment_sum(jnp.ones(n, jnp.int32), assignment, n + 1)
         noise = row_noise(tie_key, view.row)
         lap = place_in_group(assignment, scores, noise, groups=n + 1)
         index = jnp.lexsort((noise, size[assignment], lap, ~view.available))[:k].astype(jnp.int32)
-        return Decision(index=index, valid=view.available[index], log_prob=jnp.zeros(()), scores=scores)
+        decision = Decision(index=index, valid=view.available[index], log_prob=jnp.zeros(()), scores=scores)
+        return fill_up(decision, rest, view.row)
 
-    return fixed_rule(act, begin)
+    return fixed_rule(act, begin, embedding=True)

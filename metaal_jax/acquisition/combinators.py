@@ -8,9 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from metaal_jax.acquisition.lifts import Scorer, check_count, descending_rank, one_of, select_top
+from metaal_jax.acquisition.lifts import (
+    Scorer,
+    check_count,
+    descending_rank,
+    one_of,
+    require_policy,
+    require_scorer,
+    select_top,
+)
 from metaal_jax.base import Decision, Learner, Policy, PoolView, PyTree, require, take
-from metaal_jax.rows import predict_pool
+from metaal_jax.rows import clean, predict_pool
 
 
 def sum_of_ranks(scorers: Sequence[Scorer], *, weights: Sequence[float] | Array | None = None) -> Scorer:
@@ -42,13 +50,18 @@ def _of_ranks(
 ) -> Scorer:
     scorers = tuple(scorers)
     require(scorers, f"{name}: no scorers given")
+    for scorer in scorers:
+        require_scorer(name, scorer)
     given = np.ones(len(scorers)) if weights is None else weights
     require(np.shape(given) == (len(scorers),), f"{name}: {len(scorers)} scorers need as many weights, got {weights}")
 
     def combined(key: Array, view: PoolView) -> Array:
         keys = jax.random.split(key, len(scorers))
-        ranks = [descending_rank(scorer(k, view), view.available) for scorer, k in zip(scorers, keys, strict=True)]
-        return -(jnp.asarray(given, jnp.float32) @ of(jnp.stack(ranks)))
+        scores = jnp.stack([scorer(k, view) for scorer, k in zip(scorers, keys, strict=True)])
+        # A row without a score by one of them has none, and takes part in no ranking.
+        unknown = jnp.isnan(scores).any(0)
+        ranks = jax.vmap(descending_rank, in_axes=(0, None))(scores, view.available & ~unknown)
+        return jnp.where(unknown, jnp.nan, -(jnp.asarray(given, jnp.float32) @ of(ranks)))
 
     return combined
 
@@ -57,21 +70,27 @@ def per_cost(scorer: Scorer) -> Scorer:
     """Gain per cost: a non-negative score divided by the row's cost. Rows that cost nothing come first.
 
     Use a score that is 0 where nothing is gained, such as `entropy` or `bald`; a `margin` is negative, so take
-    `1 + margin` there. Costs are in the units of the budget.
+    `1 + margin` there. Costs are in the units of the budget. The values of rows that cost
+    nothing, whatever their score, are as large as floats are; among them the larger score comes first.
 
     Raises:
       ValueError: in the scorer, outside compiled programs, for negative scores.
 
     Reference: Settles, Craven, Friedland: Active Learning with Real Annotation Costs, 2008.
     """
+    require_scorer("per_cost", scorer)
 
-    def scored(key: Array, view: PoolView) -> Array:
+    def ratios(key: Array, view: PoolView) -> Array:
         scores = scorer(key, view)
-        lowest = jnp.where(view.available, scores, 0.0).min()
+        lowest = jnp.where(view.available & ~jnp.isnan(scores), scores, 0.0).min()
         require(lowest >= 0, f"per_cost: scores must not be negative, got {lowest}; shift them so that 0 is no gain")
-        return scores / jnp.maximum(view.cost, 1e-30)
+        free = view.cost <= 0
+        largest = np.finfo(scores.dtype).max
+        paid = jnp.minimum(scores / jnp.where(free, 1.0, view.cost), largest / 4)
+        # Between half the largest number and all of it.
+        return jnp.where(free, largest * (1.0 - 0.5 / (1.0 + scores)), paid)
 
-    return scored
+    return ratios
 
 
 def subsampled(policy: Policy, *, rows: int) -> Policy:
@@ -84,13 +103,16 @@ def subsampled(policy: Policy, *, rows: int) -> Policy:
     Raises:
       ValueError: for `rows < 1`; when acting, for a rule that asks for more than `rows` rows.
     """
+    require_policy("subsampled", policy)
     require(rows >= 1, f"subsampled: rows must be at least 1, got {rows}")
 
     def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
         draw_key, begin_key, act_key = jax.random.split(key, 3)
         n, capacity = view.row.shape[0], view.labelled_index.shape[0]
         count = min(rows, n)
-        drawn, found = select_top(draw_key, jnp.zeros(n), view.available, view.row, count)
+        # Rows that hold NaN are drawn last.
+        worth = jnp.where(clean(view).available, 0.0, jnp.nan)
+        drawn, found = select_top(draw_key, worth, view.available, view.row, count)
         known = view.labelled_index >= 0
         place = jnp.concatenate([jnp.maximum(view.labelled_index, 0), drawn])
         small = view._replace(
@@ -129,8 +151,11 @@ def with_learner(policy: Policy, learner: Learner, *, own_start: bool = False, c
     and training another.
     """
 
+    require_policy("with_learner", policy)
+
     def show(key: Array, meta: PyTree, view: PoolView) -> PoolView:
-        params = learner.adapt(key, meta, view.labelled, unlabelled=view.x)
+        known = clean(view)
+        params = learner.adapt(key, meta, known.labelled, unlabelled=known.x)
         prediction = predict_pool(learner, params, view.x, chunk=chunk)
         return view._replace(meta=meta, params=params, prediction=prediction)
 
@@ -166,6 +191,8 @@ def epsilon_mixture(policy: Policy, other: Policy, *, epsilon: float | Array) ->
     """
     require((epsilon >= 0) & (epsilon <= 1), f"epsilon_mixture: epsilon must be a probability, got {epsilon}")
     both = (policy, other)
+    for each in both:
+        require_policy("epsilon_mixture", each)
 
     def init(key: Array) -> PyTree:
         return tuple(p.init(k) for p, k in zip(both, jax.random.split(key), strict=True))
@@ -253,9 +280,9 @@ class Plan(NamedTuple):
 def planned(policy: Policy, *, rows: int, k: int = 1) -> Policy:
     """Asks for the batches of another policy `k` rows at a time; it chooses again when all of them were asked for.
 
-    A model of a few labels changes its mind with every one of them, and what it says in between misleads rules that
-    listen to it; a batch chosen as a whole covers the pool evenly. Most rounds then cost nothing, except under `vmap`,
-    where a plan is computed in all of them.
+    With few labels, a model's predictions change with each of them, and rules that rely on these predictions are
+    misled; a batch chosen as a whole covers the pool evenly. Most rounds then cost nothing, except under `vmap`, where
+    every round computes a plan.
 
     Args:
       policy: asks for `rows` rows a round.
@@ -271,6 +298,7 @@ def planned(policy: Policy, *, rows: int, k: int = 1) -> Policy:
     >>> from metaal_jax import acquisition
     >>> policy = acquisition.planned(acquisition.max_herding(k=10), rows=10)  # asks for single rows
     """
+    require_policy("planned", policy)
     require(k >= 1 and rows >= k and rows % k == 0, f"planned: a plan of {rows} rows must be a multiple of k={k}")
 
     def begin(key: Array, policy_params: PyTree, view: PoolView) -> Plan:

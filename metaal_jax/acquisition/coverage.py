@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.clustering import lloyd
-from metaal_jax.acquisition.diversity import centred, stand_ins, unit_rows
+from metaal_jax.acquisition.diversity import centred, directions, stand_ins
 from metaal_jax.acquisition.lifts import fixed_rule, pick_in_turn
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
 from metaal_jax.rows import row_noise, squared_distances
@@ -99,9 +99,13 @@ def k_medoids(*, k: int, anchors: int = 1000, iterations: int = 2) -> Policy:
 
         def exchange(_: int, index: Array) -> Array:
             mine = jnp.where(decision.valid, distance[:, index], jnp.inf)
-            closest = jnp.minimum(mine.min(-1), known)
-            cell = (mine == closest[:, None]) & found[:, None]
-            cost = cell.astype(jnp.float32).T @ distance
+            cell = jnp.where(found & (mine.min(-1) <= known), mine.argmin(-1), k)
+
+            def add(place: int, cost: Array) -> Array:
+                return cost.at[cell[place]].add(distance[place], mode="drop")
+
+            # An anchor belongs to one cell: to add rows costs less than a product with a matrix of zeros and ones.
+            cost = lax.fori_loop(0, distance.shape[0], add, jnp.zeros((k, distance.shape[1])))
 
             def give_way(index: Array, turn: Array) -> tuple[Array, None]:
                 free = view.available.at[index].set(False).at[index[turn]].set(True)
@@ -115,7 +119,7 @@ def k_medoids(*, k: int, anchors: int = 1000, iterations: int = 2) -> Policy:
         index = lax.fori_loop(0, iterations, exchange, decision.index)
         return Decision(index, decision.valid, decision.log_prob, decision.scores)
 
-    return fixed_rule(act)
+    return fixed_rule(act, embedding=True)
 
 
 def pure_radius(
@@ -183,7 +187,7 @@ def prob_cover(
 
     def begin(key: Array, view: PoolView) -> PyTree:
         anchor_key, cluster_key = jax.random.split(key)
-        embedding = unit_rows(view.prediction.embedding.mean(0))
+        embedding = directions(view)
         anchor, found = stand_ins(anchor_key, view, anchors)
         size = (
             jnp.float32(radius)
@@ -201,7 +205,7 @@ def prob_cover(
         covered = (inside[:, view.labelled_index] & (view.labelled_index >= 0)).any(-1)
         return cover_greedily(key, view, k, inside, covered.astype(jnp.float32), found)
 
-    return fixed_rule(act, begin)
+    return fixed_rule(act, begin, embedding=True)
 
 
 def _inside(embedding: Array, anchor: Array, radius: Array) -> Array:
@@ -237,22 +241,24 @@ def max_herding(*, k: int, anchors: int = 1000, bandwidth: float | Array | None 
 
     def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         anchor_key, pick_key = jax.random.split(key)
-        embedding = unit_rows(view.prediction.embedding.mean(0))
+        embedding = directions(view)
         anchor, found = stand_ins(anchor_key, view, anchors)
         width = squared_width(embedding[anchor], found) if bandwidth is None else jnp.float32(bandwidth) ** 2
         kernel = jnp.exp(-squared_distances(embedding[anchor], embedding) / width)
         covered = jnp.where(view.labelled_index >= 0, kernel[:, view.labelled_index], 0.0).max(-1, initial=0.0)
         return cover_greedily(pick_key, view, k, kernel, covered, found)
 
-    return fixed_rule(act)
+    return fixed_rule(act, embedding=True)
 
 
 def squared_width(rows: Array, found: Array) -> Array:
-    """The median over `rows` of the 10 % quantile of their squared distances to each other."""
+    """The median over `rows` of the 10 % quantile of their squared distances to each other, `[]`; 1 where all is 0."""
     number = found.sum()
     distance = jnp.where(found & ~jnp.eye(rows.shape[0], dtype=bool), squared_distances(rows, rows), jnp.inf)
     smallest = -lax.top_k(-distance, max(rows.shape[0] - 2, 0) // 10 + 1)[0]
     tenth = jnp.arange(smallest.shape[1]) <= jnp.maximum(number - 2, 0) // 10
     quantile = jnp.where(tenth, smallest, -jnp.inf).max(-1)
     middle = jnp.sort(jnp.where(found, quantile, jnp.inf))[jnp.maximum(number - 1, 0) // 2]
-    return jnp.where(jnp.isfinite(middle), jnp.maximum(middle, 1e-6), 1.0)
+    spread = jnp.where(found, (rows**2).sum(-1), 0.0).sum() / jnp.maximum(number, 1)
+    width = jnp.maximum(middle, 1e-6 * spread)
+    return jnp.where(jnp.isfinite(middle) & (width > 0), width, 1.0)

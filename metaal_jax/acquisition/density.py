@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from metaal_jax.acquisition.diversity import centred, unit_rows
-from metaal_jax.acquisition.lifts import Scorer, check_count, fixed_rule, select_top
+from metaal_jax.acquisition.diversity import centred, stand_ins, unit_rows
+from metaal_jax.acquisition.lifts import Scorer, check_count, fixed_rule, require_scorer, select_top
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
+from metaal_jax.rows import clean
 
 
 def density(key: Array, view: PoolView) -> Array:
@@ -20,21 +21,22 @@ def density(key: Array, view: PoolView) -> Array:
       view: the pool; its embedding is that of the current model.
 
     Returns:
-      float32 `[n]`.
+      float32 `[n]`; NaN for rows whose embedding is not finite.
 
     Reference: Settles, Craven: An Analysis of Active Learning Strategies for Sequence Labeling Tasks, 2008.
     """
     del key
-    rows = unit_rows(view.prediction.embedding.mean(0))
-    real = (view.weight > 0)[:, None]
-    return rows @ (jnp.where(real, rows, 0.0).sum(0) / jnp.maximum(real.sum(), 1))
+    known = clean(view, embedding=True)
+    rows, real = unit_rows(known.prediction.embedding.mean(0)), known.weight > 0
+    similarity = rows @ (rows.sum(0) / jnp.maximum(real.sum(), 1))
+    return jnp.where(real | ~view.available, similarity, jnp.nan)
 
 
 def density_weighted(scorer: Scorer, *, beta: float | Array = 1.0) -> Scorer:
     """Information density: a score that is not negative, times `density ** beta`.
 
-    A sure way not to ask for outliers. Densities below 0 count as 0. Scores must not be negative: `entropy`,
-    `least_confident`, `ratio` and `bald` are fit for it; that of `margin`, at most 0, would prefer outliers.
+    It avoids outliers. Densities below 0 count as 0. Scores must not be negative: use `entropy`, `least_confident`,
+    `ratio` or `bald`; with `margin`, which is at most 0, the rule would prefer outliers.
 
     Args:
       scorer: what is weighed.
@@ -48,6 +50,7 @@ def density_weighted(scorer: Scorer, *, beta: float | Array = 1.0) -> Scorer:
 
     Reference: Settles, Craven: An Analysis of Active Learning Strategies for Sequence Labeling Tasks, 2008.
     """
+    require_scorer("density_weighted", scorer)
     require(beta >= 0, f"density_weighted: beta must be at least 0, got {beta}")
 
     def weighted(key: Array, view: PoolView) -> Array:
@@ -56,8 +59,10 @@ def density_weighted(scorer: Scorer, *, beta: float | Array = 1.0) -> Scorer:
     return weighted
 
 
-def discriminative(*, k: int, sub_batches: int = 10, steps: int = 10, ridge: float | Array = 0.01) -> Policy:
-    """The rows that a classifier of labelled against unlabelled rows is surest to be unlabelled.
+def discriminative(
+    *, k: int, sub_batches: int = 10, steps: int = 10, ridge: float | Array = 0.01, considered: int = 4096
+) -> Policy:
+    """The rows that a classifier of labelled against unlabelled rows most confidently calls unlabelled.
 
     A logistic regression on the embedding of the current model tells the labelled from the unlabelled rows; both
     classes weigh the same in all. The batch is chosen in parts: after each, the classifier is fitted again with the
@@ -69,16 +74,18 @@ def discriminative(*, k: int, sub_batches: int = 10, steps: int = 10, ridge: flo
       sub_batches: into how many parts of equal size the batch is cut; `k` fits the classifier for each row.
       steps: Newton's steps for each fit.
       ridge: factor of half the squared weights; features are scaled to mean square 1. May be traced.
+      considered: of a larger pool, so many random rows stand for the unlabelled ones when the classifier is fitted, as
+        in the authors' code; it then judges all rows.
 
     Returns:
       A `Policy`; the decision's scores are the log-odds of being unlabelled before the first pick.
 
     Raises:
-      ValueError: for `k`, `sub_batches` or `steps` below 1, or a `ridge` that is not positive.
+      ValueError: for `k`, `sub_batches`, `steps` or `considered` below 1, or a `ridge` that is not positive.
 
     Reference: Gissin, Shalev-Shwartz: Discriminative Active Learning, 2019.
     """
-    for name, value in (("k", k), ("sub_batches", sub_batches), ("steps", steps)):
+    for name, value in (("k", k), ("sub_batches", sub_batches), ("steps", steps), ("considered", considered)):
         require(value >= 1, f"discriminative: {name} must be at least 1, got {value}")
     require(ridge > 0, f"discriminative: ridge must be positive, got {ridge}")
     size = -(-k // sub_batches)
@@ -87,51 +94,69 @@ def discriminative(*, k: int, sub_batches: int = 10, steps: int = 10, ridge: flo
         embedding, real = centred(view), view.weight > 0
         n = embedding.shape[0]
         check_count(k, n)
-        scale = jnp.where(real[:, None], embedding**2, 0.0).sum() / jnp.maximum(real.sum() * embedding.shape[1], 1)
+        # Its mean, and not any point amid it: the ridge holds the intercept, too.
+        embedding = jnp.where(real[:, None], embedding - embedding.sum(0) / jnp.maximum(real.sum(), 1), 0.0)
+        scale = (embedding**2).sum() / jnp.maximum(real.sum() * embedding.shape[1], 1)
         features = embedding * jnp.where(scale > 0, lax.rsqrt(scale), 0.0)
         features = jnp.concatenate([features, jnp.ones((n, 1))], axis=1)
+        sample_key, key = jax.random.split(key)
+        sample, found = stand_ins(sample_key, view, considered)
 
-        def fit(weights: Array, labelled: Array) -> Array:
-            sign = jnp.where(labelled, -1.0, 1.0)
-            ones, others = (real & labelled).sum(), (real & ~labelled).sum()
-            mass = real * 0.5 / jnp.maximum(jnp.where(labelled, ones, others), 1)
+        def fit(weights: Array, labelled: Array, picked: Array) -> Array:
+            """Newton's steps from `weights`; `picked` are positions of rows chosen so far, n for none."""
+            if sample.shape[0] == n:
+                rows, positive, present = features, labelled, real
+            else:
+                place = jnp.concatenate([jnp.where(view.labelled_index >= 0, view.labelled_index, n), picked])
+                rows = features[jnp.concatenate([sample, jnp.minimum(place, n - 1)])]
+                positive = jnp.arange(rows.shape[0]) >= sample.shape[0]
+                present = jnp.concatenate([found & ~labelled[sample], place < n])
+            sign = jnp.where(positive, -1.0, 1.0)
+            ones, others = (present & positive).sum(), (present & ~positive).sum()
+            mass = present * 0.5 / jnp.maximum(jnp.where(positive, ones, others), 1)
 
-            def newton(_: int, weights: Array) -> Array:
-                odds = features @ weights
+            def newton(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+                turn, weights, _ = state
+                odds = rows @ weights
                 probs = jax.nn.sigmoid(odds)
-                gradient = -features.T @ (mass * sign * jax.nn.sigmoid(-sign * odds)) + ridge * weights
-                hessian = (features * (mass * probs * (1.0 - probs))[:, None]).T @ features + ridge * jnp.eye(
-                    features.shape[1]
-                )
+                gradient = -rows.T @ (mass * sign * jax.nn.sigmoid(-sign * odds)) + ridge * weights
+                hessian = (rows * (mass * probs * (1.0 - probs))[:, None]).T @ rows + ridge * jnp.eye(rows.shape[1])
                 move = -jax.scipy.linalg.solve(hessian, gradient, assume_a="pos")
                 length = jnp.asarray([1.0, 0.5, 0.25, 0.125])
-                margins = sign * (odds + length[:, None] * (features @ move))
+                margins = sign * (odds + length[:, None] * (rows @ move))
                 loss = (mass * jax.nn.softplus(-margins)).sum(-1)
                 loss += 0.5 * ridge * ((weights + length[:, None] * move) ** 2).sum(-1)
-                return weights + length[loss.argmin()] * move
+                change = length[loss.argmin()] * move
+                return turn + 1, weights + change, jnp.abs(change).max() > 1e-4 * jnp.abs(weights + change).max()
 
-            return lax.fori_loop(0, steps, newton, weights)
+            def unfinished(state: tuple[Array, Array, Array]) -> Array:
+                return (state[0] < steps) & state[2]
 
-        def score(weights: Array, labelled: Array) -> tuple[Array, Array]:
+            return lax.while_loop(unfinished, newton, (jnp.int32(0), weights, jnp.bool_(True)))[1]
+
+        def score(weights: Array, labelled: Array, picked: Array) -> tuple[Array, Array]:
             # Without a labelled row there is nothing to fit: all weights and log-odds stay 0.
-            weights = jnp.where((real & labelled).any(), fit(weights, labelled), weights)
+            weights = jnp.where((real & labelled).any(), fit(weights, labelled, picked), weights)
             return weights, features @ weights
 
-        def part(state: tuple[Array, Array, Array], key: Array) -> tuple[tuple[Array, Array, Array], tuple]:
-            weights, labelled, available = state
-            weights, odds = score(weights, labelled)
+        def part(state: tuple[Array, Array, Array, Array], turn: tuple[Array, Array]) -> tuple[PyTree, PyTree]:
+            weights, labelled, available, picked = state
+            number, key = turn
+            weights, odds = score(weights, labelled, picked.reshape(-1))
             index, valid = select_top(key, odds, available, view.row, size)
-            mine = jnp.zeros(n, bool).at[jnp.where(valid, index, n)].set(True, mode="drop")
-            return (weights, labelled | mine, available & ~mine), (index, valid, odds)
+            own = jnp.where(valid, index, n)
+            mine = jnp.zeros(n, bool).at[own].set(True, mode="drop")
+            new = (weights, labelled | mine, available & ~mine, picked.at[number].set(own))
+            return new, (index, valid, odds)
 
         labelled = (
             jnp.zeros(n, bool).at[jnp.where(view.labelled_index >= 0, view.labelled_index, n)].set(True, mode="drop")
         )
-        state = (jnp.zeros(features.shape[1]), labelled, view.available)
-        keys = jax.random.split(key, -(-k // size))
-        _, (index, valid, odds) = lax.scan(part, state, keys)
+        parts = -(-k // size)
+        state = (jnp.zeros(features.shape[1]), labelled, view.available, jnp.full((parts, size), n, jnp.int32))
+        _, (index, valid, odds) = lax.scan(part, state, (jnp.arange(parts), jax.random.split(key, parts)))
         return Decision(
             index=index.reshape(-1)[:k], valid=valid.reshape(-1)[:k], log_prob=jnp.zeros(()), scores=odds[0]
         )
 
-    return fixed_rule(act)
+    return fixed_rule(act, embedding=True)

@@ -10,7 +10,7 @@ from jax import Array
 
 from metaal_jax.acquisition.lifts import per_row
 from metaal_jax.acquisition.uncertainty import entropy_of
-from metaal_jax.base import PoolView, require
+from metaal_jax.base import PoolView, require, require_classes
 from metaal_jax.losses import consensus
 
 
@@ -24,7 +24,8 @@ def require_committee(name: str, logits: Array) -> None:
 
 
 def _votes(logits: Array) -> Array:
-    return jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=logits.dtype).mean(0)
+    votes = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=logits.dtype).mean(0)
+    return jnp.where(jnp.isnan(logits).any(), jnp.nan, votes)  # the argmax of NaN is a class like another
 
 
 def _vote_entropy(logits: Array) -> Array:
@@ -57,6 +58,7 @@ def vote_entropy(key: Array, view: PoolView) -> Array:
     Raises `ValueError` for a single model.
     Reference: Dagan, Engelson: Committee-Based Sampling for Training Probabilistic Classifiers, 1995.
     """
+    require_classes("vote_entropy", view)
     require_committee("vote_entropy", view.prediction.logits)
     return per_row(_vote_entropy)(key, view)
 
@@ -67,6 +69,7 @@ def variation_ratio(key: Array, view: PoolView) -> Array:
     Raises `ValueError` for a single model.
     Reference: Freeman: Elementary Applied Statistics, 1965; Gal: Uncertainty in Deep Learning, 2016, section 3.3.1.
     """
+    require_classes("variation_ratio", view)
     require_committee("variation_ratio", view.prediction.logits)
     return per_row(_variation_ratio)(key, view)
 
@@ -77,6 +80,7 @@ def consensus_entropy(key: Array, view: PoolView) -> Array:
     Raises `ValueError` for a single model.
     Reference: Settles: Active Learning Literature Survey, 2009, section 3.2.
     """
+    require_classes("consensus_entropy", view)
     require_committee("consensus_entropy", view.prediction.logits)
     return per_row(lambda logits: entropy_of(consensus(logits)))(key, view)
 
@@ -88,6 +92,7 @@ def mean_kl(key: Array, view: PoolView) -> Array:
     Raises `ValueError` for a single model.
     Reference: McCallum, Nigam: Employing EM and Pool-Based Active Learning for Text Classification, 1998.
     """
+    require_classes("mean_kl", view)
     require_committee("mean_kl", view.prediction.logits)
     return per_row(_mean_kl)(key, view)
 
@@ -99,6 +104,7 @@ def mean_std(key: Array, view: PoolView) -> Array:
     Reference: Kampffmeyer, Salberg, Jenssen: Semantic Segmentation of Small Objects and Modeling of Uncertainty in
     Urban Remote Sensing Images, 2016; Gal, Islam, Ghahramani: Deep Bayesian Active Learning with Image Data, 2017.
     """
+    require_classes("mean_std", view)
     require_committee("mean_std", view.prediction.logits)
     return per_row(_mean_std)(key, view)
 
@@ -109,5 +115,6 @@ def bald(key: Array, view: PoolView) -> Array:
     Raises `ValueError` for a single model.
     Reference: Houlsby et al.: Bayesian Active Learning for Classification and Preference Learning, 2011.
     """
+    require_classes("bald", view)
     require_committee("bald", view.prediction.logits)
     return per_row(_bald)(key, view)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.disagreement import require_committee
-from metaal_jax.acquisition.lifts import Scorer, pick_in_turn
-from metaal_jax.base import Decision, Learner, Policy, PoolView, PyTree, require
+from metaal_jax.acquisition.lifts import Scorer, contained, pick_in_turn
+from metaal_jax.base import Decision, Learner, Policy, PoolView, PyTree, is_classes, require, require_classes
 from metaal_jax.learners.loss_prediction import predict_loss
 from metaal_jax.losses import consensus
 
@@ -42,23 +42,29 @@ def expected_gradient_length(learner: Learner, *, chunk: int = 64) -> Scorer:
 
     def scorer(key: Array, view: PoolView) -> Array:
         del key
+        require_classes("expected_gradient_length", view)
         leaves, structure = jax.tree.flatten(view.params)
         trained = [i for i, leaf in enumerate(leaves) if jnp.issubdtype(leaf.dtype, jnp.floating)]
 
         def score(x: PyTree) -> Array:
-            def log_probs(floating: list[Array]) -> Array:
+            def logits_of(floating: list[Array]) -> Array:
                 merged = list(leaves)
                 for i, leaf in zip(trained, floating, strict=True):
                     merged[i] = leaf
                 rows = jax.tree.map(lambda leaf: leaf[None], x)
-                return consensus(learner.predict(jax.tree.unflatten(structure, merged), rows).logits)[0]
+                return learner.predict(jax.tree.unflatten(structure, merged), rows).logits[:, 0]
 
-            value, pullback = jax.vjp(log_probs, [leaves[i] for i in trained])
-            (grads,) = jax.vmap(pullback)(jnp.eye(value.shape[0], dtype=value.dtype))
+            logits, pullback = jax.vjp(logits_of, [leaves[i] for i in trained])
+            # d log p_c / d logits_mj = share_mc (delta_cj - p_mj), finite for classes of logit -inf, too.
+            probs = jax.nn.softmax(logits)
+            total = probs.sum(0)
+            share = probs / jnp.where(total > 0, total, 1.0)
+            (grads,) = jax.vmap(pullback)(share.T[:, :, None] * (jnp.eye(total.shape[0])[:, None] - probs))
             square = sum((grad.reshape(grad.shape[0], -1) ** 2).sum(-1) for grad in grads)
-            return (jnp.exp(value) * jnp.sqrt(square)).sum()
+            return (total / logits.shape[0] * jnp.sqrt(square)).sum()
 
-        return lax.map(score, view.x, batch_size=min(chunk, view.row.shape[0]))
+        lengths: Array = lax.map(score, view.x, batch_size=min(chunk, view.row.shape[0]))
+        return lengths
 
     return scorer
 
@@ -77,6 +83,7 @@ def head_gradient_length(key: Array, view: PoolView) -> Array:
     Reference: Settles, Craven, Ray: Multiple-Instance Active Learning, 2008.
     """
     del key
+    require_classes("head_gradient_length", view)
     probs = jnp.exp(consensus(view.prediction.logits))
     best = jnp.arange(probs.shape[-1]) == probs.argmax(-1)[:, None]
     others = jnp.where(best, 0.0, probs)
@@ -89,12 +96,12 @@ def head_gradient_length(key: Array, view: PoolView) -> Array:
 def expected_model_change(key: Array, view: PoolView) -> Array:
     """Expected model change maximisation (EMCM) with the members' predictions as the possible labels, `[n]`.
 
-    The score is the mean over members of `|p - q_m| sqrt(|z|^2 + 1)`, `q_m` the member's distribution. The paper is
-    about regression with squared loss: its candidate labels are the predictions of an ensemble, the gradient for
-    label `y_m` is `(f(x) - y_m) x`, and the score its mean length. The cross entropy with a soft label `q_m` has the
-    last layer's gradient `(p - q_m) [z, 1]^T`, of the same form, so the labels, the residual and the mean carry over
-    as they are. Two things differ: the model is the last layer with its bias, and `p` is the consensus of the
-    ensemble instead of a separate model's prediction. Without a label the members may agree, and then the key decides.
+    For targets, the paper's rule: the score is the mean over members of `|f - f_m| sqrt(|z|^2 + 1)`, the length of the
+    squared error's gradient `(f - f_m) [z, 1]^T` if the member's output `f_m` were the label. For classes it is the
+    mean of `|p - q_m| sqrt(|z|^2 + 1)`, `q_m` the member's distribution: the cross entropy with a soft label `q_m` has
+    a gradient of the same form. Two things differ from the paper: the model is the last layer with its bias, and `f`
+    or `p` is the members' mean instead of a separate model's prediction. Without a label the members may agree, and
+    then the key decides.
 
     Raises:
       ValueError: for a single model.
@@ -104,8 +111,8 @@ def expected_model_change(key: Array, view: PoolView) -> Array:
     del key
     logits = view.prediction.logits
     require_committee("expected_model_change", logits)
-    probs = jax.nn.softmax(logits)
-    change = jnp.sqrt(((probs - probs.mean(0)) ** 2).sum(-1)).mean(0)
+    labels = jax.nn.softmax(logits) if is_classes(view.labelled.y) else logits
+    change = jnp.sqrt(((labels - labels.mean(0)) ** 2).sum(-1)).mean(0)
     return change * _length(view.prediction.embedding.mean(0))
 
 
@@ -140,6 +147,7 @@ def glister(learner: Learner, *, k: int, step_size: float | Array = 0.05) -> Pol
     require(step_size > 0, f"glister: step_size must be > 0, got {step_size}")
 
     def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
+        require_classes("glister", view)
         if len(policy_params) == 0:
             judges = view.labelled
             prediction = jax.tree.map(lambda leaf: leaf[:, view.labelled_index], view.prediction)
@@ -149,9 +157,14 @@ def glister(learner: Learner, *, k: int, step_size: float | Array = 0.05) -> Pol
         log_probs, embedding = consensus(view.prediction.logits), view.prediction.embedding.mean(0)
         classes = log_probs.shape[-1]
         step = jax.nn.one_hot(log_probs.argmax(-1), classes) - jnp.exp(log_probs)
-        judge_embedding = prediction.embedding.mean(0)
-        truth, total = jax.nn.one_hot(judges.y, classes), judges.weight.sum()
-        weight = judges.weight / jnp.where(total > 0, total, 1.0)
+        # Padding, and what is not a number, judges nothing.
+        judge_log_probs, judge_embedding = consensus(prediction.logits), prediction.embedding.mean(0)
+        sound = (judges.weight > 0) & ~jnp.isnan(judge_log_probs).any(-1) & jnp.isfinite(judge_embedding).all(-1)
+        judge_log_probs = jnp.where(sound[:, None], judge_log_probs, 0.0)
+        judge_embedding = jnp.where(sound[:, None], judge_embedding, 0.0)
+        mass = jnp.where(sound, judges.weight, 0.0)
+        truth, total = jax.nn.one_hot(judges.y, classes), mass.sum()
+        weight = mass / jnp.where(total > 0, total, 1.0)
 
         def score(judge_logits: Array) -> Array:
             residual = weight[:, None] * (truth - jax.nn.softmax(judge_logits))
@@ -161,9 +174,10 @@ def glister(learner: Learner, *, k: int, step_size: float | Array = 0.05) -> Pol
             alike = judge_embedding @ embedding[position] + 1.0
             return judge_logits + step_size * alike[:, None] * step[position]
 
-        return pick_in_turn(key, view, k, consensus(prediction.logits), score, update), policy_state
+        return pick_in_turn(key, view, k, judge_log_probs, score, update), policy_state
 
-    return Policy(init=lambda key: (), begin=lambda key, policy_params, view: (), act=act)
+    policy = Policy(init=lambda key: (), begin=lambda key, policy_params, view: (), act=act)
+    return contained(policy, logits=True, embedding=True)
 
 
 def predicted_loss(key: Array, view: PoolView) -> Array:

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.disagreement import bald, require_committee
-from metaal_jax.acquisition.lifts import check_count, fixed_rule, select_top
+from metaal_jax.acquisition.lifts import check_count, contained, fixed_rule, select_top
 from metaal_jax.acquisition.uncertainty import entropy_of
-from metaal_jax.base import Decision, Learner, Policy, PoolView, PyTree, require
+from metaal_jax.base import Decision, Learner, Policy, PoolView, PyTree, require, require_classes
 from metaal_jax.losses import consensus, weighted_mean
 from metaal_jax.rows import row_noise
 
@@ -79,9 +79,11 @@ def epig(learner: Learner | None = None, *, k: int, targets: int = 200) -> Polic
             theirs.shape[0] == logits.shape[0],
             f"epig: the targets have {theirs.shape[0]} members, the pool {logits.shape[0]}; give the run's own learner",
         )
-        return theirs, jnp.ones(theirs.shape[1])
+        sound = ~jnp.isnan(theirs).any((0, 2))
+        return jnp.where(sound[:, None], theirs, 0.0), sound.astype(theirs.dtype)
 
     def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
+        require_classes("epig", view)
         require_committee("epig", view.prediction.logits)
         target_key, tie_key = jax.random.split(key)
         target_logits, weight = targets_of(policy_params, target_key, view)
@@ -101,7 +103,8 @@ def epig(learner: Learner | None = None, *, k: int, targets: int = 200) -> Polic
         index, valid = select_top(tie_key, scores, view.available, view.row, k)
         return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=scores), policy_state
 
-    return Policy(init=lambda key: (), begin=lambda key, policy_params, view: (), act=act)
+    policy = Policy(init=lambda key: (), begin=lambda key, policy_params, view: (), act=act)
+    return contained(policy, logits=True)
 
 
 def batch_bald(*, k: int, configurations: int = 10_000) -> Policy:
@@ -141,6 +144,7 @@ def batch_bald(*, k: int, configurations: int = 10_000) -> Policy:
 
     def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         del policy_state
+        require_classes("batch_bald", view)
         require_committee("batch_bald", view.prediction.logits)
         log_probs = jax.nn.log_softmax(view.prediction.logits)
         members, n, classes = log_probs.shape
@@ -191,14 +195,17 @@ def batch_bald(*, k: int, configurations: int = 10_000) -> Policy:
         exact, drawn = jnp.zeros((1, members)), jnp.zeros((drawn_from.shape[0], members))
         first = []
         for _ in range(steps):
-            weight = jax.nn.softmax(jax.nn.logsumexp(exact, axis=1))
-            row, bound = pick(bound, available, jax.nn.softmax(exact), weight)
+            likelihood = jax.nn.logsumexp(exact, axis=1)
+            # Labels that no member holds possible, those of classes without a label so far, have no posterior.
+            possible = (likelihood > -jnp.inf)[:, None]
+            posterior = jnp.where(possible, jax.nn.softmax(jnp.where(possible, exact, 0.0)), 0.0)
+            row, bound = pick(bound, available, posterior, jax.nn.softmax(likelihood))
             first.append((row, available[row]))
             available = available.at[row].set(False)
             exact = (exact[:, None] + log_probs[:, row].T).reshape(-1, members)
             drawn = draw(drawn, row)
 
-        def sampled(state: tuple[Array, Array, Array], _: None) -> tuple[tuple, tuple[Array, Array]]:
+        def sampled(state: tuple[Array, Array, Array], _: None) -> tuple[PyTree, tuple[Array, Array]]:
             bound, available, drawn = state
             weight = jnp.full(drawn.shape[0], 1.0 / drawn.shape[0])
             row, bound = pick(bound, available, jax.nn.softmax(drawn), weight)
@@ -208,4 +215,4 @@ def batch_bald(*, k: int, configurations: int = 10_000) -> Policy:
         index, valid = (jnp.concatenate([jnp.stack(a), b]) for a, b in zip(zip(*first, strict=True), rest, strict=True))
         return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=scores)
 
-    return fixed_rule(act)
+    return fixed_rule(act, logits=True)

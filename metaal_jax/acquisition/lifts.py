@@ -5,16 +5,52 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
-from metaal_jax.rows import row_noise
+from metaal_jax.base import Decision, Policy, PoolView, PyTree, Trainable, require
+from metaal_jax.rows import clean, row_noise
 
 Scorer = Callable[[Array, PoolView], Array]
 
 
+def require_policy(name: str, policy: object) -> None:
+    """Raises `ValueError` unless `policy` is a `Policy`, and says what to type; `name` is what wants one."""
+    if isinstance(policy, Policy):
+        return
+    if isinstance(policy, str):
+        hint = f"load a trained one with policies.load({policy!r}), or take a rule such as acquisition.typical(k=10)"
+    elif callable(policy):
+        scorer = getattr(policy, "__name__", "scorer")
+        hint = "this looks like a scorer, or like a factory that was not called; make a policy of a scorer with "
+        hint += f"acquisition.top_k({scorer}, k=10)"
+    elif isinstance(getattr(policy, "params", None), dict) and hasattr(policy, "network"):
+        hint = "make a policy of what policies.load gives with policies.fixed(policies.learned(saved.network, k=10), "
+        hint += "saved.params)"
+    else:
+        hint = "take a rule such as acquisition.typical(k=10)"
+    raise ValueError(f"{name}: a Policy is wanted, got {_shown(policy)}; {hint}")
+
+
+def require_scorer(name: str, scorer: object) -> None:
+    """Raises `ValueError` unless `scorer` may be one: a function `(key, view) -> [n]`; `name` is what wants one."""
+    if isinstance(scorer, Policy):
+        raise ValueError(f"{name}: a scorer is wanted, such as acquisition.margin, got a Policy; give the scorer that "
+                         "it was made from")  # fmt: skip
+    if not callable(scorer):
+        raise ValueError(f"{name}: a scorer is wanted, such as acquisition.margin, got {_shown(scorer)}")
+
+
+def _shown(value: object) -> str:
+    name = getattr(value, "__name__", None)
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}" + (f" ({name})" if name else "")
+
+
 def per_row(score: Callable[[Array], Array]) -> Scorer:
-    """Lifts the score of one row, `logits [m, c] -> []`, to a scorer by `vmap` over the pool."""
+    """Lifts the score of one row, `logits [m, c] -> []`, to a scorer by `vmap` over the pool.
+
+    A row of NaN logits should score NaN, which ranks last, as it does by itself in nearly all arithmetic.
+    """
 
     def scorer(key: Array, view: PoolView) -> Array:
         del key
@@ -46,27 +82,41 @@ def select_top(key: Array, scores: Array, available: Array, row: Array, k: int) 
       ValueError: for `k` outside `1..n`.
     """
     check_count(k, scores.shape[0])
+    index = top_by_noise(scores, available, row_noise(key, row), k)
+    return index, available[index]
+
+
+def top_by_noise(scores: Array, available: Array, noise: Array, k: int) -> Array:
+    """The positions, int32 `[k]`, of `select_top`, with the noise at hand that breaks ties."""
     scores = jnp.nan_to_num(scores, nan=-jnp.inf)
     scores = jnp.where(available, scores, -jnp.inf)
-    # The k-th best score is a threshold: what lies above is in, noise decides among those on it.
-    threshold = lax.top_k(scores, k)[0].min()
-    noise = row_noise(key, row)
-    rank = jnp.where(scores > threshold, jnp.int32(2**30), noise)
+    # The k-th best score is a threshold: what lies above is in, noise decides among those on it. Comparisons are made
+    # with the values that top-k returns, as a compiler may form the scores anew for each use, and round them otherwise.
+    best, place = lax.top_k(scores, k)
+    threshold = best.min()
+    rank = jnp.where(scores == threshold, noise, -1)
+    rank = rank.at[place].set(jnp.where(best > threshold, jnp.int32(2**30), noise[place]))
     # XLA's fast top-k on a CPU is for float32; read as floats, positive integers keep their order.
-    rank = lax.bitcast_convert_type(rank + jnp.int32(2**23), jnp.float32)
-    rank = jnp.where((scores >= threshold) & available, rank, -1.0)
-    _, index = lax.top_k(rank, k)
+    as_float = lax.bitcast_convert_type(rank + jnp.int32(2**23), jnp.float32)
+    _, index = lax.top_k(jnp.where((rank >= 0) & available, as_float, -1.0), k)
     order = jnp.lexsort((-noise[index], -scores[index]))
-    index = index[order]
-    return index.astype(jnp.int32), available[index]
+    return index[order].astype(jnp.int32)
+
+
+def best_by_noise(scores: Array, available: Array, noise: Array) -> Array:
+    """The position, int32 `[]`, of the best available row; where several are best, of that with the most noise."""
+    value, place = lax.top_k(scores, 1)
+    tied = (scores == value) | (jnp.arange(scores.shape[0]) == place)
+    return jnp.where(available & tied, noise, -1).argmax().astype(jnp.int32)
 
 
 def descending_rank(scores: Array, available: Array) -> Array:
     """Rank of each score among the available rows, 1 for the highest, float32 `[n]`; ties share their mean rank.
 
-    Rows that are not available get the rank behind all others.
+    Rows that are not available get the rank behind all others; NaN is the lowest score.
     """
     count = available.sum()
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
     ordered = jnp.sort(jnp.where(available, -scores, jnp.inf))
     low = jnp.searchsorted(ordered, -scores, side="left")
     high = jnp.minimum(jnp.searchsorted(ordered, -scores, side="right"), count)
@@ -103,15 +153,79 @@ def pick_in_turn(
     def pick(state: tuple[PyTree, Array], _: None) -> tuple[tuple[PyTree, Array], tuple[Array, Array]]:
         carry, available = state
         scores = jnp.where(available, jnp.nan_to_num(score(carry), nan=-jnp.inf), -jnp.inf)
-        best = jnp.where(available & (scores == scores.max()), noise, -1).argmax().astype(jnp.int32)
+        best = best_by_noise(scores, available, noise)
         return (update(carry, best), available.at[best].set(False)), (best, available[best])
 
     _, (index, valid) = lax.scan(pick, (carry, view.available), length=k)
-    return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=score(carry))
+    scores = score(carry)
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=scores)
 
 
-def fixed_rule(act: Callable[[Array, PyTree, PoolView], Decision], begin: Callable | None = None) -> Policy:
-    """A policy without parameters from `act(key, policy_state, view)` and `begin(key, view) -> policy_state`."""
+def fill_up(decision: Decision, rest: Array, row: Array) -> Decision:
+    """The decision with rows of `rest`, bool `[n]`, in the places that are not valid, in the order of their numbers.
+
+    What was left out of a choice because it holds no number comes in here: last, but before nothing at all. Such rows
+    have score -inf.
+    """
+    k = decision.index.shape[0]
+    chosen = jnp.zeros(rest.shape, bool).at[decision.index].max(decision.valid)
+    rest = rest & ~chosen
+    # Positive integers read as floats keep their order, and the fast top-k is for floats.
+    rank = lax.bitcast_convert_type(jnp.int32(0x7F000000) - row, jnp.float32)
+    _, others = lax.top_k(jnp.where(rest, rank, -1.0), k)
+    turn = jnp.where(decision.valid, k, jnp.cumsum(~decision.valid) - 1)
+    new = others.astype(jnp.int32)[jnp.minimum(turn, k - 1)]
+    use = ~decision.valid & (turn < rest.sum())
+    return Decision(
+        index=jnp.where(use, new, decision.index),
+        valid=decision.valid | use,
+        log_prob=decision.log_prob,
+        scores=jnp.where(rest, -jnp.inf, decision.scores),
+    )
+
+
+def contained(policy: Policy, *, logits: bool = False, embedding: bool = False) -> Policy:
+    """The policy, protected from rows that are not numbers: it sees a clean view, and they come last.
+
+    Args:
+      policy: one that looks at the pool by itself; those that only hand the view on need no protection.
+      logits, embedding: which part of the prediction it reads, see `rows.clean`.
+    """
+
+    def shown(view: PoolView) -> PoolView:
+        return clean(view, logits=logits, embedding=embedding)
+
+    def begin(key: Array, policy_params: PyTree, view: PoolView) -> PyTree:
+        return policy.begin(key, policy_params, shown(view))
+
+    def act(key: Array, policy_params: PyTree, policy_state: PyTree, view: PoolView) -> tuple[Decision, PyTree]:
+        known = shown(view)
+        decision, policy_state = policy.act(key, policy_params, policy_state, known)
+        return fill_up(decision, view.available & ~known.available, view.row), policy_state
+
+    if policy.train is None:
+        return Policy(init=policy.init, begin=begin, act=act)
+    inner = policy.train
+
+    def observe(key: Array, policy_state: PyTree, view: PoolView) -> PyTree:
+        return inner.observe(key, policy_state, shown(view))
+
+    train = Trainable(observe=observe, evaluate=inner.evaluate, score=inner.score)
+    return Policy(init=policy.init, begin=begin, act=act, train=train)
+
+
+def fixed_rule(
+    act: Callable[[Array, PyTree, PoolView], Decision],
+    begin: Callable[[Array, PoolView], PyTree] | None = None,
+    *,
+    logits: bool = False,
+    embedding: bool = False,
+) -> Policy:
+    """A policy without parameters from `act(key, policy_state, view)` and `begin(key, view) -> policy_state`.
+
+    Both see a clean view, see `contained`; `logits` and `embedding` say which part of the prediction they read.
+    """
 
     def begin_(key: Array, policy_params: PyTree, view: PoolView) -> PyTree:
         del policy_params
@@ -121,7 +235,19 @@ def fixed_rule(act: Callable[[Array, PyTree, PoolView], Decision], begin: Callab
         del policy_params
         return act(key, policy_state, view), policy_state
 
-    return Policy(init=lambda key: (), begin=begin_, act=act_)
+    return contained(Policy(init=lambda key: (), begin=begin_, act=act_), logits=logits, embedding=embedding)
+
+
+def scored(key: Array, scorer: Scorer, view: PoolView) -> tuple[Array, PoolView, Array]:
+    """A scorer's scores, for rules that compare them across the pool: `(scores [n], view, rest bool [n])`.
+
+    Rows whose score is NaN are not available in the view returned; they are the `rest`, for `fill_up`. Their score is
+    the lowest finite number.
+    """
+    scores = scorer(key, view)
+    unknown = jnp.isnan(scores)
+    left = view._replace(queried=view.queried | unknown)
+    return jnp.where(unknown, np.finfo(scores.dtype).min, scores), left, view.available & unknown
 
 
 def top_k(scorer: Scorer, *, k: int) -> Policy:
@@ -130,12 +256,14 @@ def top_k(scorer: Scorer, *, k: int) -> Policy:
     >>> from metaal_jax import acquisition
     >>> policy = acquisition.top_k(acquisition.margin, k=10)
     """
+    require_scorer("top_k", scorer)
     require(k >= 1, f"top_k: k must be at least 1, got {k}")
 
     def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         score_key, tie_key = jax.random.split(key)
         scores = scorer(score_key, view)
         index, valid = select_top(tie_key, scores, view.available, view.row, k)
+        scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
         return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=scores)
 
     return fixed_rule(act)
@@ -153,6 +281,8 @@ def one_of(policies: Sequence[Policy]) -> Policy:
     """
     policies = tuple(policies)
     require(policies, "one_of: no policies given")
+    for policy in policies:
+        require_policy("one_of", policy)
 
     def init(key: Array) -> PyTree:
         keys = jax.random.split(key, len(policies))
@@ -169,6 +299,8 @@ def one_of(policies: Sequence[Policy]) -> Policy:
             decision, state = policies[i].act(key, params[i], states[i], view)
             return decision, (*states[:i], state, *states[i + 1 :])
 
-        return lax.switch(number, [functools.partial(branch, i) for i in range(len(policies))], policy_state)
+        branches = [functools.partial(branch, i) for i in range(len(policies))]
+        acted: tuple[Decision, PyTree] = lax.switch(number, branches, policy_state)
+        return acted
 
     return Policy(init=init, begin=begin, act=act)

@@ -8,20 +8,33 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from metaal_jax.acquisition.lifts import Scorer, check_count, select_top
+from metaal_jax.acquisition.lifts import Scorer, check_count, contained, select_top
 from metaal_jax.acquisition.uncertainty import entropy_of
-from metaal_jax.base import Batch, Decision, Learner, Policy, PoolView, PyTree, pad_batch, require, rows_of, take
+from metaal_jax.base import (
+    Batch,
+    Decision,
+    Learner,
+    Policy,
+    PoolView,
+    PyTree,
+    pad_batch,
+    require,
+    require_classes,
+    rows_of,
+    take,
+)
 from metaal_jax.losses import accuracy, consensus, cross_entropy, weighted_mean
-from metaal_jax.rows import row_noise
+from metaal_jax.rows import clean, row_noise
 
 Loss = Literal["log", "zero_one"]
 
 
 def append_row(batch: Batch, x: PyTree, y: Array) -> Batch:
     """`batch` with the row `x` of class `y` at the first place without weight, where the loop would put it."""
-    place = (batch.weight > 0).sum()
+    place = (batch.weight > 0).argmin()
     return Batch(
         x=jax.tree.map(lambda buffer, row: buffer.at[place].set(row), batch.x, x),
         y=batch.y.at[place].set(y.astype(batch.y.dtype)),
@@ -39,7 +52,7 @@ def _values_of(value: Callable[[Array], Array], position: Array, count: Array, c
     def body(block: Array, values: Array) -> Array:
         return values.at[block].set(jax.vmap(value)(position[block]))
 
-    values = lax.fori_loop(0, (count + chunk - 1) // chunk, body, jnp.zeros((blocks, chunk)))
+    values: Array = lax.fori_loop(0, (count + chunk - 1) // chunk, body, jnp.zeros((blocks, chunk)))
     return values.reshape(-1)[:rows]
 
 
@@ -79,7 +92,7 @@ def expected_error_reduction(learner: Learner, *, loss: Loss = "log", chunk: int
 
     Returns:
       A scorer, `[n]`, the expected fall of the risk (below 0 where labelling is expected to make the learner less
-      sure), so that `stopping.not_worth_it` can weigh it against the cost.
+      certain), so that `stopping.not_worth_it` can weigh it against the cost.
 
     Raises:
       ValueError: for an unknown loss or a chunk below 1.
@@ -98,6 +111,9 @@ def expected_error_reduction(learner: Learner, *, loss: Loss = "log", chunk: int
         return entropy_of(log_probs) if loss == "log" else -jnp.expm1(log_probs.max(-1))
 
     def scorer(key: Array, view: PoolView) -> Array:
+        require_classes("expected_error_reduction", view)
+        asked = view.available
+        view = clean(view, logits=True)
         log_probs = consensus(view.prediction.logits)
         probs = jnp.exp(log_probs)
         n, classes = probs.shape
@@ -116,7 +132,8 @@ def expected_error_reduction(learner: Learner, *, loss: Loss = "log", chunk: int
 
         position = jnp.nonzero(view.available, size=n, fill_value=0)[0]
         count = view.available.sum()
-        return _spread(_values_of(score, position, count, chunk), position, count, n)[0]
+        scores = _spread(_values_of(score, position, count, chunk), position, count, n)[0]
+        return jnp.where(asked & ~view.available, jnp.nan, scores)
 
     return scorer
 
@@ -129,7 +146,13 @@ def value_of_label(learner: Learner, loss: Loss = "log") -> Callable[..., Array]
       batch `labelled`, which has room for one row more, and pool row `position` with class `y`; the value is minus the
       cross entropy (`"log"`) or the accuracy (`"zero_one"`) on the batch `selection`.
     """
-    measure = accuracy if loss == "zero_one" else lambda *args: -cross_entropy(*args)
+
+    def measure(log_probs: Array, y: Array, weight: Array) -> Array:
+        if loss == "zero_one":
+            return accuracy(log_probs, y, weight)
+        # A class without a label has probability 0 and the loss inf, whatever the others have: to tell labels apart all
+        # the same, it counts as the smallest probability that a float holds.
+        return -cross_entropy(jnp.maximum(log_probs, np.log(np.finfo(log_probs.dtype).tiny)), y, weight)
 
     def value(key: Array, view: PoolView, labelled: Batch, position: Array, y: Array, selection: Batch) -> Array:
         batch = append_row(labelled, take(view.x, position), y)
@@ -209,4 +232,4 @@ def greedy_oracle(
         _, (index, valid, scores) = lax.scan(pick, (room, view.available), jax.random.split(pick_key, k))
         return Decision(index=index, valid=valid, log_prob=jnp.zeros(()), scores=scores[0]), policy_state
 
-    return Policy(init=lambda key: (), begin=lambda key, policy_params, view: (), act=act)
+    return contained(Policy(init=lambda key: (), begin=lambda key, policy_params, view: (), act=act))

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from metaal_jax.acquisition.lifts import Scorer, per_row
-from metaal_jax.base import PoolView, require
+from metaal_jax.acquisition.lifts import Scorer, per_row, require_scorer
+from metaal_jax.base import PoolView, require, require_classes
 from metaal_jax.losses import consensus
 from metaal_jax.rows import row_noise
 
@@ -18,7 +18,7 @@ def random(key: Array, view: PoolView) -> Array:
 def entropy_of(log_probs: Array) -> Array:
     """Entropy in nats of log-probabilities along the last axis; classes of probability 0 count 0."""
     probs = jnp.exp(log_probs)
-    return -jnp.where(probs > 0, probs * log_probs, 0.0).sum(-1)
+    return -jnp.where(probs > 0, probs * jnp.where(probs > 0, log_probs, 0.0), 0.0).sum(-1)
 
 
 def _least_confident(logits: Array) -> Array:
@@ -50,6 +50,7 @@ def least_confident(key: Array, view: PoolView) -> Array:
     It orders the rows as 1 - max p does and does not saturate where the model is sure.
     Reference: Lewis, Gale: A Sequential Algorithm for Training Text Classifiers, 1994.
     """
+    require_classes("least_confident", view)
     return per_row(_least_confident)(key, view)
 
 
@@ -58,6 +59,7 @@ def margin(key: Array, view: PoolView) -> Array:
 
     Reference: Scheffer, Decomain, Wrobel: Active Hidden Markov Models for Information Extraction, 2001.
     """
+    require_classes("margin", view)
     return per_row(_margin)(key, view)
 
 
@@ -66,6 +68,7 @@ def ratio(key: Array, view: PoolView) -> Array:
 
     Reference: Monarch: Human-in-the-Loop Machine Learning, 2021, section 3.2.
     """
+    require_classes("ratio", view)
     return per_row(_ratio)(key, view)
 
 
@@ -74,11 +77,12 @@ def entropy(key: Array, view: PoolView) -> Array:
 
     Reference: Settles: Active Learning Literature Survey, 2009, section 3.1.
     """
+    require_classes("entropy", view)
     return per_row(_entropy)(key, view)
 
 
 def tempered(scorer: Scorer, *, temperature: float | Array) -> Scorer:
-    """`scorer` of logits divided by a temperature: above 1 for a model that is surer than it should be.
+    """`scorer` of logits divided by a temperature: above 1 for an overconfident model.
 
     Entropy and margin order the rows of several classes differently at other temperatures; with two classes no rule of
     a single model changes its order. Each member of a committee is tempered before they are averaged.
@@ -88,6 +92,7 @@ def tempered(scorer: Scorer, *, temperature: float | Array) -> Scorer:
 
     Reference: Guo et al.: On Calibration of Modern Neural Networks, 2017.
     """
+    require_scorer("tempered", scorer)
     require(temperature > 0, f"tempered: temperature must be > 0, got {temperature}")
 
     def tempered_scorer(key: Array, view: PoolView) -> Array:
