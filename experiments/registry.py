@@ -210,6 +210,24 @@ ADAPTIVE: dict[str, Strategy] = {
     )
     for name, bandit, line in (("albl", policies.albl, "active learning by learning, a bandit over rules"),)
 }  # fmt: skip
+# For targets that are no classes; the others refuse these, and these refuse classes (except for greedy_input).
+REGRESSION: dict[str, Strategy] = {
+    "random": STRATEGIES["random"],
+    "greedy_input": Strategy("farthest in the inputs, GSx", lambda need: acquisition.greedy_input(k=need.k)),
+    "greedy_output": Strategy(
+        "prediction farthest from all labels, GSy", lambda need: acquisition.greedy_output(k=need.k)
+    ),
+    "igs": Strategy("farthest in inputs and outputs, iGS", lambda need: acquisition.igs(k=need.k)),
+    "committee_variance": Strategy(
+        "largest variance of a committee's outputs", _top(acquisition.committee_variance), True
+    ),
+    "variance_reduction": Strategy(
+        "largest fall of the pool's predictive variance",
+        lambda need: acquisition.expected_variance_reduction(k=need.k),
+        True,
+    ),
+    "model_change": STRATEGIES["model_change"],
+}
 # Other spellings; `committee` is what the main job's first results call BALD.
 ALIASES = {"committee": "bald", "coreset": "k_center"} | {
     name.replace("_", ""): name for name in STRATEGIES if "_" in name
@@ -232,7 +250,7 @@ def find(name: str) -> Strategy:
       ValueError: for a policy that cannot be loaded.
     """
     if not name.startswith(LEARNED):
-        return {**STRATEGIES, **ADAPTIVE}[ALIASES.get(name, name)]
+        return {**REGRESSION, **STRATEGIES, **ADAPTIVE}[ALIASES.get(name, name)]
     place, _, feature = name.removeprefix(LEARNED).rpartition("~")
     if feature not in policies.features.ROWS:
         place, feature = name.removeprefix(LEARNED), ""

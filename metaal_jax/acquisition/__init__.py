@@ -36,9 +36,24 @@ from metaal_jax.acquisition.influence import (
     predicted_loss,
 )
 from metaal_jax.acquisition.information import batch_bald, epig
-from metaal_jax.acquisition.lifts import one_of, per_row, pick_in_turn, select_top, top_k
+from metaal_jax.acquisition.lifts import (
+    one_of,
+    per_row,
+    pick_in_turn,
+    require_policy,
+    require_scorer,
+    select_top,
+    top_k,
+)
 from metaal_jax.acquisition.pool import score_pool
 from metaal_jax.acquisition.refit import expected_error_reduction, greedy_oracle
+from metaal_jax.acquisition.regression import (
+    committee_variance,
+    expected_variance_reduction,
+    greedy_input,
+    greedy_output,
+    igs,
+)
 from metaal_jax.acquisition.uncertainty import entropy, least_confident, margin, random, ratio, tempered
 from metaal_jax.rows import predict_pool, row_noise
 
@@ -48,6 +63,7 @@ __all__ = [
     "batch_bald",
     "class_balanced",
     "cluster_balanced",
+    "committee_variance",
     "consensus_entropy",
     "density",
     "density_weighted",
@@ -59,9 +75,13 @@ __all__ = [
     "expected_error_reduction",
     "expected_gradient_length",
     "expected_model_change",
+    "expected_variance_reduction",
     "glister",
+    "greedy_input",
     "greedy_oracle",
+    "greedy_output",
     "head_gradient_length",
+    "igs",
     "k_center",
     "k_means",
     "k_medoids",
@@ -82,6 +102,8 @@ __all__ = [
     "product_of_ranks",
     "random",
     "ratio",
+    "require_policy",
+    "require_scorer",
     "row_noise",
     "score_pool",
     "select_top",
