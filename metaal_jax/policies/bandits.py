@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from metaal_jax.acquisition.lifts import check_count
-from metaal_jax.base import Decision, Policy, PoolView, PyTree, require, take
+from metaal_jax.acquisition.lifts import check_count, require_policy
+from metaal_jax.base import Decision, Policy, PoolView, PyTree, require, require_classes, take
 from metaal_jax.losses import accuracy, consensus
 
 RewardFn = Callable[[PoolView, Array], Array]
@@ -59,6 +59,7 @@ def importance_weighted_accuracy(view: PoolView, probability: Array) -> Array:
 
     Reference: Hsu, Lin: Active Learning by Learning, 2015.
     """
+    require_classes("importance_weighted_accuracy", view)
     index = jnp.maximum(view.labelled_index, 0)
     weight = jnp.where(view.labelled_index >= 0, view.labelled.weight, 0.0) / probability[index]
     return accuracy(consensus(view.prediction.logits[:, index]), view.labelled.y, weight)
@@ -127,6 +128,8 @@ def exp4p(
     policies = tuple(policies)
     count = len(policies)
     require(policies, "exp4p: no policies given")
+    for policy in policies:
+        require_policy("exp4p", policy)
     require(k >= 1, f"exp4p: k must be at least 1, got {k}")
     require(horizon >= 1, f"exp4p: horizon must be at least 1 round, got {horizon}")
     require((delta > 0) & (delta <= 1), f"exp4p: delta must be above 0 and at most 1, got {delta}")

@@ -20,6 +20,7 @@ from metaal_jax.policies.episodes import (
     one_by_one,
     rewards,
 )
+from metaal_jax.policies.policy_gradient import told_apart
 
 
 def evolution(
@@ -93,7 +94,8 @@ def evolution(
 
         returns, area = one_by_one(one, jax.random.split(key, problems), chunk)
         ahead, behind = jnp.split(returns.mean(0), 2)
-        grads = back((behind - ahead) @ noise / (2.0 * deviation * pairs))
+        change = told_apart(behind - ahead, jnp.abs(returns).max())
+        grads = back(change @ noise / (2.0 * deviation * pairs))
         metrics = {"return": returns.mean(), "area": area.mean(), "grad_norm": optax.tree.norm(grads)}
         return apply_gradients(optimizer, grads, state), metrics
 

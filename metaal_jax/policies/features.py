@@ -50,10 +50,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.coverage import squared_width
-from metaal_jax.acquisition.diversity import stand_ins, unit_rows
+from metaal_jax.acquisition.diversity import directions, stand_ins
 from metaal_jax.acquisition.influence import head_gradient_length
 from metaal_jax.acquisition.uncertainty import entropy_of
-from metaal_jax.base import PoolView, require
+from metaal_jax.base import PoolView, require, require_classes
 from metaal_jax.losses import consensus, weighted_mean
 from metaal_jax.rows import in_chunks, squared_distances
 
@@ -70,7 +70,7 @@ class Geometry(NamedTuple):
     """Where the pool's rows lie, once a run.
 
     Attributes:
-      embedding: float32 `[n, d]`, rows of length 1.
+      embedding: float32 `[n, d]`, rows of length 1 seen from a point amid them, see `acquisition.diversity.directions`.
       kernel: float32 `[n, a]`, `exp(-|z_i - z_j|^2 / width)` to the anchors, 0 for anchors that do not exist.
       anchor: int32 `[a]`, pool rows.
       weight: float32 `[a]`, adding up to 1; 0 for anchors that do not exist.
@@ -118,7 +118,7 @@ class Observation(NamedTuple):
       covered: float32 `[a]`, the anchors' largest similarity to a labelled row.
       interest: float32 `[a]`, 1 - margin of the anchors.
       weight: float32 `[a]`, of the anchors.
-      embedding: float32 `[m, d]`, rows of length 1.
+      embedding: float32 `[m, d]`, as in the geometry.
       width: float32 `[]`, of the kernel.
     """
 
@@ -140,6 +140,8 @@ class Observation(NamedTuple):
 def pool_geometry(key: Array, view: PoolView, *, anchors: int = 1000) -> Geometry:
     """The pool's geometry by the view's embedding; linear in the pool.
 
+    As all functions here, it expects a clean view (`rows.clean`).
+
     Args:
       key: draws the anchors among the real rows; the draw belongs to rows.
       view: the pool as the run begins.
@@ -149,7 +151,7 @@ def pool_geometry(key: Array, view: PoolView, *, anchors: int = 1000) -> Geometr
       ValueError: for `anchors < 1`.
     """
     require(anchors >= 1, f"pool_geometry: anchors must be at least 1, got {anchors}")
-    embedding = unit_rows(view.prediction.embedding.mean(0))
+    embedding = directions(view)
     anchor, found = stand_ins(key, view, anchors)
     width = squared_width(embedding[anchor], found)
     kernel = jnp.exp(-squared_distances(embedding, embedding[anchor]) / width) * found
@@ -164,7 +166,8 @@ def pool_geometry(key: Array, view: PoolView, *, anchors: int = 1000) -> Geometr
 
 
 def fresh_memory(view: PoolView) -> Memory:
-    """The memory before the first round; labels given at the start surprise nobody."""
+    """The memory before the first round; initial labels do not count as surprises."""
+    require_classes("features", view)
     n, c = view.prediction.logits.shape[1:]
     return Memory(
         predicted=jnp.full(n, -1, jnp.int32),
@@ -216,15 +219,15 @@ def observe(
 
     labelled = view.labelled_index >= 0
     answered = (view.labelled.weight > 0) & labelled
-    place = jnp.maximum(view.labelled_index, 0)
-    covered = jnp.where(labelled, geometry.kernel[place].T, 0.0).max(-1, initial=0.0)
+    own = jnp.maximum(view.labelled_index, 0)
+    covered = jnp.where(labelled, geometry.kernel[own].T, 0.0).max(-1, initial=0.0)
     interest = jnp.where(geometry.weight > 0, 1.0 - margin[geometry.anchor], 0.0)
     doubt = geometry.weight * interest
     truth = jax.nn.one_hot(view.labelled.y, c) * answered[:, None]
     count = truth.sum(0)
     share = c * count / jnp.maximum(count.sum(), 1.0)
     filled = probs @ (share / (1.0 + share))
-    known = geometry.embedding[place]
+    known = geometry.embedding[own]
 
     def places(part: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         embedding, kernel, probs = part
@@ -247,26 +250,29 @@ def observe(
     available = view.available
     weight = available.astype(jnp.float32)
     total = jnp.maximum(weight.sum(), 1.0)
-    # What a learner says of padding rows may be anything, NaN as well.
+    # Padding has no features, whatever its zeros would give.
     rows = jnp.where((view.weight > 0)[:, None], rows, 0.0)
     mean = weight @ rows / total
     scale = jnp.sqrt(weight @ (rows - mean) ** 2 / total)
 
     shares = count / jnp.maximum(count.sum(), 1.0)
     balance = -jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), 0.0).sum() / log_c
-    average = lambda values: weighted_mean(values, real)  # noqa: E731
+
+    def average(values: Array) -> Array:
+        return weighted_mean(values, real)
+
     situation = jnp.stack(
         [view.spent / jnp.maximum(view.budget, 1e-9), jnp.log1p(count.sum() / c) / 3.0, (count > 0).mean(), balance,
          average(entropy), average(margin), average(disagreement), covered @ geometry.weight, average(flip),
          _surprise(memory, view), jnp.float32(jnp.log(c) / 5.0), jnp.float32(jnp.log(k) / 5.0)]
     )  # fmt: skip
-    if position is None:
-        position = jnp.arange(n, dtype=jnp.int32)
-        mine = lambda leaf: leaf  # noqa: E731
-    else:
-        mine = lambda leaf: leaf[position]  # noqa: E731
+
+    def mine(leaf: Array) -> Array:
+        return leaf if position is None else leaf[position]
+
+    place = jnp.arange(n, dtype=jnp.int32) if position is None else position
     return Observation(
-        position=position, available=mine(available), reference=mine(weight), rows=mine(rows), mean=mean,
+        position=place, available=mine(available), reference=mine(weight), rows=mine(rows), mean=mean,
         scale=scale, situation=situation, kernel=mine(geometry.kernel), covered=covered, interest=interest,
         weight=geometry.weight, embedding=mine(geometry.embedding), width=geometry.width,
     )  # fmt: skip

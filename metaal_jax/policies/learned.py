@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.combinators import planned
-from metaal_jax.acquisition.lifts import check_count, select_top
+from metaal_jax.acquisition.lifts import check_count, contained, require_policy, select_top
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, ScoreFn, Trainable, require
 from metaal_jax.policies import features
 from metaal_jax.policies.features import Geometry, Memory, Observation
@@ -44,7 +44,9 @@ def _scores_of(network: nn.Module) -> ScoreFn:
 
     def score(policy_params: PyTree, observation: Observation) -> tuple[Array, Array]:
         rows = features.inputs(observation)
-        output: Any = network.apply(policy_params, rows, observation.situation, observation.available)
+        output: tuple[Array, Array] = network.apply(  # type: ignore[assignment]
+            policy_params, rows, observation.situation, observation.available
+        )
         return output
 
     return score
@@ -74,9 +76,9 @@ def learned(
       network: `(inputs [m, 2 len(ROWS)], situation [len(SITUATION)], mask [m]) -> (scores [m], value [])`, such as
         `models.RowNetwork` or `models.SetNetwork`.
       k: rows a round.
-      plan: rows chosen at a time, though no more than there are classes, and asked for `k` by `k`, see
-        `acquisition.planned`: single rows, chosen in view of a model that has seen a handful of labels, cover less. A
-        policy with a plan has no `observe`, `evaluate` or `score`.
+      plan: rows chosen at a time, at most as many as there are classes, and asked for `k` at a time, see
+        `acquisition.planned`: rows chosen one by one with a model of a few labels cover less. A policy with a plan has
+        no `observe`, `evaluate` or `score`.
       sample: draw the batch, for training by reinforcement; else take the best rows, ties broken by the key.
       candidates: look at that many random rows a round only; None for all. Means of features are the whole pool's.
       anchors: rows that stand for the pool, see `features.pool_geometry`.
@@ -88,8 +90,8 @@ def learned(
       A `Policy` that can be trained: `train.observe` gives an `Observation`, `train.score` the network's answer. With
       `sample` it has `train.evaluate`, where a batch that cannot be drawn has log-probability -inf. Its decision's
       scores are those before the first pick, -inf for rows not looked at; `log_prob` is 0 without `sample`. Its state
-      holds kernels, `[n, anchors]`, which a loop on the device hands on as they are; a step that is compiled alone
-      copies them in each round, unless the state is donated (`jax.jit(step, donate_argnums=...)`).
+      holds kernels `[n, anchors]`. A loop on the device carries them without a copy; a step compiled by itself copies
+      them every round unless the state is donated (`jax.jit(step, donate_argnums=...)`).
 
     Raises:
       ValueError: for numbers below 1, a shortlist or candidates fewer than `k`, or a plan that is drawn.
@@ -165,7 +167,7 @@ def learned(
         return jnp.where(drawable, log_prob, -jnp.inf), entropy, score(policy_params, observation)[1]
 
     train = Trainable(observe=observe, evaluate=evaluate if sample else None, score=score)
-    return Policy(init=init, begin=begin, act=act, train=train)
+    return contained(Policy(init=init, begin=begin, act=act, train=train), logits=True, embedding=True)
 
 
 def _in_plans(network: nn.Module, k: int, plan: int, **options: Any) -> Policy:
@@ -187,6 +189,7 @@ def _in_plans(network: nn.Module, k: int, plan: int, **options: Any) -> Policy:
 
 def fixed(policy: Policy, policy_params: PyTree) -> Policy:
     """A trained policy with its parameters, as a rule that has none: for selectors, bandits and combinators."""
+    require_policy("fixed", policy)
     return Policy(
         init=lambda key: (),
         begin=lambda key, _, view: policy.begin(key, policy_params, view),
@@ -197,7 +200,7 @@ def fixed(policy: Policy, policy_params: PyTree) -> Policy:
 def shortened(key: Array, observation: Observation, scores: Array, row: Array, count: int) -> tuple[Observation, Array]:
     """`count` of the candidates, and their scores: a quarter with the best scores, the others at random.
 
-    The best rows before the first pick are often all alike; once one is picked, others are wanted.
+    The rows with the best first scores are often alike: once one of them is picked, the others add little.
     """
     own, other = jax.random.split(key)
     number = row[observation.position]
@@ -238,7 +241,7 @@ def in_sequence(
       invalid pick, when nothing was available, counts 0.
     """
 
-    def pick(carry: tuple[Observation, Array], number: Array) -> tuple[tuple[Observation, Array], tuple]:
+    def pick(carry: tuple[Observation, Array], number: Array) -> tuple[tuple[Observation, Array], PyTree]:
         seen, scores = carry
         place = choose(number, scores, seen.available).astype(jnp.int32)
         valid = seen.available.any() & seen.available[place]

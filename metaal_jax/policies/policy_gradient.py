@@ -23,6 +23,15 @@ from metaal_jax.policies.episodes import (
 )
 
 
+def told_apart(difference: Array, scale: Array) -> Array:
+    """Differences of numbers of size `scale`, 0 where they are no larger than rounding.
+
+    Equal rewards differ in their last bits, and an optimiser that divides by the gradient's length (Adam), or an
+    advantage that is divided by its standard deviation, would take a whole step along that noise.
+    """
+    return jnp.where(jnp.abs(difference) > 1e-5 * scale, difference, 0.0)
+
+
 def reinforce(
     learner: Learner,
     policy: Policy,
@@ -80,11 +89,13 @@ def reinforce(
             runs = jax.vmap(lambda key: play(key, state.meta, state.params, problem))(keys)
             reward_of = jax.vmap(lambda run: rewards(run, reward=reward, target=target))(runs)
             to_go = jnp.cumsum(reward_of[:, ::-1], axis=1)[:, ::-1]
-            advantage = (to_go - to_go.mean(0)) * rollouts / (rollouts - 1)
+            advantage = told_apart(to_go - to_go.mean(0), jnp.abs(to_go).max()) * rollouts / (rollouts - 1)
 
             def loss(params: PyTree) -> tuple[Array, Array]:
-                judge = jax.vmap(jax.vmap(lambda o, i: evaluate(params, o, i)[:2]))
-                log_prob, spread = judge(runs.observation, runs.index)
+                def judge(observation: PyTree, index: Array) -> tuple[Array, Array]:
+                    return evaluate(params, observation, index)[:2]
+
+                log_prob, spread = jax.vmap(jax.vmap(judge))(runs.observation, runs.index)
                 objective = (log_prob * advantage).sum(1).mean() + entropy * spread.sum(1).mean()
                 return -objective, spread.mean()
 
@@ -189,13 +200,15 @@ def ppo(
         value = jax.vmap(jax.vmap(lambda o, i: evaluate(state.params, o, i)[2]))(runs.observation, runs.index)
         advantage = jax.vmap(lambda r, v: advantages(r, v, discount=discount, trace=trace))(reward_of, value)
         returns = advantage + value
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        advantage = told_apart(advantage - advantage.mean(), jnp.abs(returns).max() + jnp.abs(value).max())
+        spread = advantage.std()
+        advantage = advantage / jnp.where(spread > 0, spread, 1.0)
         flat = jax.tree.map(
             lambda leaf: leaf.reshape(total, *leaf.shape[2:]),
             (runs.observation, runs.index, runs.log_prob, advantage, returns),
         )
 
-        def loss(params: PyTree, part: tuple) -> tuple[Array, tuple]:
+        def loss(params: PyTree, part: PyTree) -> tuple[Array, PyTree]:
             observation, index, before, advantage, returns = part
             log_prob, spread, value = jax.vmap(lambda o, i: evaluate(params, o, i))(observation, index)
             ratio = jnp.exp(log_prob - before)
@@ -205,11 +218,11 @@ def ppo(
             outside = (jnp.abs(ratio - 1.0) > clip).mean()
             return value_weight * error - gain - entropy * spread.mean(), (spread.mean(), error, outside)
 
-        def update(state: TrainState, part: tuple) -> tuple[TrainState, tuple]:
+        def update(state: TrainState, part: PyTree) -> tuple[TrainState, PyTree]:
             grads, notes = jax.grad(loss, has_aux=True)(state.params, part)
             return apply_gradients(optimizer, grads, state), notes
 
-        def epoch(state: TrainState, key: Array) -> tuple[TrainState, tuple]:
+        def epoch(state: TrainState, key: Array) -> tuple[TrainState, PyTree]:
             order = jax.random.permutation(key, total).reshape(minibatches, -1)
             return lax.scan(lambda s, rows: update(s, jax.tree.map(lambda leaf: leaf[rows], flat)), state, order)
 

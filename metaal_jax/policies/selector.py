@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from metaal_jax.acquisition.lifts import require_policy
 from metaal_jax.base import Decision, Policy, PoolView, PyTree, Trainable, require
 from metaal_jax.policies import features
 from metaal_jax.policies.learned import LearnedState
+from metaal_jax.rows import clean
 
 RULE = ("used", "yield", "tried")
 
@@ -84,6 +86,7 @@ def selector(
     rules = tuple(rules)
     require(rules, "selector: no rules given")
     for place, rule in enumerate(rules):
+        require_policy("selector", rule)
         if jax.tree.leaves(jax.eval_shape(rule.init, jax.random.key(0))):
             raise ValueError(
                 f"selector: rule {place} has parameters; give a trained policy as policies.fixed(it, params)"
@@ -100,7 +103,8 @@ def selector(
         del policy_params
         own_key, rules_key = jax.random.split(key)
         keys = jax.random.split(rules_key, number)
-        own = LearnedState(features.pool_geometry(own_key, view, anchors=anchors), features.fresh_memory(view))
+        known = clean(view, logits=True, embedding=True)
+        own = LearnedState(features.pool_geometry(own_key, known, anchors=anchors), features.fresh_memory(known))
         return SelectorState(
             rules=tuple(rule.begin(key, (), view) for rule, key in zip(rules, keys, strict=True)),
             own=own,
@@ -111,7 +115,7 @@ def selector(
 
     def updated(state: SelectorState, view: PoolView) -> Array:
         """The rules' running gains with what the last round's labels showed."""
-        wrong, new = features.wrong_share(state.own.memory, view)
+        wrong, new = features.wrong_share(state.own.memory, clean(view, logits=True, embedding=True))
         followed = state.last > 0
         newer = features.REMEMBERED * state.gain + (1.0 - features.REMEMBERED) * wrong
         return jnp.where(followed & new, newer, state.gain)
@@ -123,7 +127,8 @@ def selector(
         valid = jnp.stack([decision.valid for decision, _ in acted])
         if index.shape != (number, k):
             raise ValueError(f"selector: rules choose batches of shape {index.shape[1:]}, asked for are ({k},)")
-        seen = features.observe(state.own.geometry, state.own.memory, view, k=k)
+        known = clean(view, logits=True, embedding=True)
+        seen = features.observe(state.own.geometry, state.own.memory, known, k=k)
         weight = valid / jnp.maximum(valid.sum(-1, keepdims=True), 1)
         batches = (features.inputs(seen)[index] * weight[..., None]).sum(1)
         rounds = jnp.maximum(state.used.sum(), 1.0)
@@ -171,7 +176,9 @@ def selector(
         same = proposers(seen, index).astype(jnp.float32)
         state = SelectorState(
             rules=states,
-            own=policy_state.own._replace(memory=features.remember(policy_state.own.memory, view)),
+            own=policy_state.own._replace(
+                memory=features.remember(policy_state.own.memory, clean(view, logits=True, embedding=True))
+            ),
             used=policy_state.used + same / same.sum(),
             gain=updated(policy_state, view),
             last=same / same.sum(),

@@ -22,6 +22,7 @@ from metaal_jax.policies.episodes import (
     one_by_one,
     score_of,
 )
+from metaal_jax.policies.policy_gradient import told_apart
 
 Target = Literal["regression", "imitation", "classification"]
 
@@ -139,8 +140,9 @@ def supervised(
         total = jnp.maximum(weight.sum(), 1.0)
         value = jnp.where(known, value, 0.0)
         mean = value.sum() / total
-        scale = jnp.sqrt((weight * (value - mean) ** 2).sum() / total)
-        return jnp.where(known & (scale > 1e-8), (value - mean) / jnp.where(scale > 1e-8, scale, 1.0), 0.0)
+        away = jnp.where(known, told_apart(value - mean, jnp.abs(value).max()), 0.0)
+        scale = jnp.sqrt((away**2).sum() / total)
+        return away / jnp.where(scale > 0, scale, 1.0)
 
     def one_loss(params: PyTree, observation: PyTree, value: Array, known: Array) -> tuple[Array, Array]:
         scores, _ = score(params, observation)
@@ -163,7 +165,10 @@ def supervised(
             return play(key, meta, params, sampler(key, data), jnp.zeros((), bool))
 
         shapes = jax.eval_shape(sample)
-        ring = lambda leaf: jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype)  # noqa: E731
+
+        def ring(leaf: Array) -> Array:
+            return jnp.zeros((capacity, *leaf.shape[1:]), leaf.dtype)
+
         return Collected(
             jax.tree.map(ring, shapes.observation), ring(shapes.notes.value), ring(shapes.notes.known), jnp.int32(0)
         )
@@ -178,7 +183,10 @@ def supervised(
         runs = one_by_one(one, jax.random.split(play_key, episodes), chunk)
         kept = state.memory
         place = (kept.seen + jnp.arange(rounds)) % capacity
-        put = lambda ring, new: ring.at[place].set(new.reshape(rounds, *new.shape[2:]))  # noqa: E731
+
+        def put(ring: Array, new: Array) -> Array:
+            return ring.at[place].set(new.reshape(rounds, *new.shape[2:]))
+
         kept = Collected(
             jax.tree.map(put, kept.observation, runs.observation),
             put(kept.value, runs.notes.value),
@@ -191,7 +199,7 @@ def supervised(
             losses, regret = jax.vmap(lambda *each: one_loss(params, *each))(*part)
             return losses.mean(), regret.mean()
 
-        def update(state: TrainState, key: Array) -> tuple[TrainState, tuple]:
+        def update(state: TrainState, key: Array) -> tuple[TrainState, PyTree]:
             rows = jax.random.randint(key, (batch,), 0, jnp.minimum(kept.seen, capacity))
             (value, regret), grads = jax.value_and_grad(loss, has_aux=True)(state.params, rows)
             return apply_gradients(optimizer, grads, state), (value, regret)
