@@ -315,7 +315,7 @@ def test_shortlists_and_blocks_pick_as_the_plain_loops(key, monkeypatch):
     )
     view = view._replace(prediction=view.prediction._replace(embedding=z), budget=jnp.float32(1000))
     cold = view._replace(labelled_index=jnp.full(50, -1, jnp.int32), queried=jnp.zeros(120, bool))
-    rules = (acquisition.k_center(k=40), acquisition.typical(k=40))
+    rules = (acquisition.k_center(k=30), acquisition.typical(k=30))
 
     def picks(view):
         return [rule.act(key, (), rule.begin(key, (), view), view)[0].index for rule in rules]
@@ -356,4 +356,4 @@ def test_shortlists_and_blocks_pick_as_the_plain_loops(key, monkeypatch):
     assert (((counts - wanted) ** 2)[common] / wanted[common]).sum() < 25  # at most 5 degrees of freedom
 
 
-BLOCKS, BADGE_PAIR = acquisition.badge(k=23), acquisition.badge(k=3)
+BLOCKS, BADGE_PAIR = acquisition.badge(k=14), acquisition.badge(k=3)

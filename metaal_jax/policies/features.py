@@ -166,7 +166,7 @@ def pool_geometry(key: Array, view: PoolView, *, anchors: int = 1000) -> Geometr
 
 
 def fresh_memory(view: PoolView) -> Memory:
-    """The memory before the first round; labels given at the start surprise nobody."""
+    """The memory before the first round; initial labels do not count as surprises."""
     require_classes("features", view)
     n, c = view.prediction.logits.shape[1:]
     return Memory(

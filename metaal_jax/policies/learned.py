@@ -76,9 +76,9 @@ def learned(
       network: `(inputs [m, 2 len(ROWS)], situation [len(SITUATION)], mask [m]) -> (scores [m], value [])`, such as
         `models.RowNetwork` or `models.SetNetwork`.
       k: rows a round.
-      plan: rows chosen at a time, though no more than there are classes, and asked for `k` by `k`, see
-        `acquisition.planned`: single rows, chosen in view of a model that has seen a handful of labels, cover less. A
-        policy with a plan has no `observe`, `evaluate` or `score`.
+      plan: rows chosen at a time, at most as many as there are classes, and asked for `k` at a time, see
+        `acquisition.planned`: rows chosen one by one with a model of a few labels cover less. A policy with a plan has
+        no `observe`, `evaluate` or `score`.
       sample: draw the batch, for training by reinforcement; else take the best rows, ties broken by the key.
       candidates: look at that many random rows a round only; None for all. Means of features are the whole pool's.
       anchors: rows that stand for the pool, see `features.pool_geometry`.
@@ -90,8 +90,8 @@ def learned(
       A `Policy` that can be trained: `train.observe` gives an `Observation`, `train.score` the network's answer. With
       `sample` it has `train.evaluate`, where a batch that cannot be drawn has log-probability -inf. Its decision's
       scores are those before the first pick, -inf for rows not looked at; `log_prob` is 0 without `sample`. Its state
-      holds kernels, `[n, anchors]`, which a loop on the device hands on as they are; a step that is compiled alone
-      copies them in each round, unless the state is donated (`jax.jit(step, donate_argnums=...)`).
+      holds kernels `[n, anchors]`. A loop on the device carries them without a copy; a step compiled by itself copies
+      them every round unless the state is donated (`jax.jit(step, donate_argnums=...)`).
 
     Raises:
       ValueError: for numbers below 1, a shortlist or candidates fewer than `k`, or a plan that is drawn.
@@ -200,7 +200,7 @@ def fixed(policy: Policy, policy_params: PyTree) -> Policy:
 def shortened(key: Array, observation: Observation, scores: Array, row: Array, count: int) -> tuple[Observation, Array]:
     """`count` of the candidates, and their scores: a quarter with the best scores, the others at random.
 
-    The best rows before the first pick are often all alike; once one is picked, others are wanted.
+    The rows with the best first scores are often alike: once one of them is picked, the others add little.
     """
     own, other = jax.random.split(key)
     number = row[observation.position]

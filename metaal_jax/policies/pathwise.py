@@ -128,10 +128,10 @@ def pathwise(
     far, and the mean over the rounds of its cross entropy on the judging rows is differentiated: a choice is credited
     with what it changes in all later rounds, except for what it changes in what later choices see.
 
-    What a row's weight changes must be a fair guess of what its label changes. It is with a closed form such as
-    `learners.r2d2(..., absent=None)`. It is not with Adam, whose first steps know only signs: a small weight on the
-    first row of a class turns no sign, though its label would turn all, and training runs away from coverage. A
-    learner of that kind plays the episodes, and `refit` judges them.
+    The effect of a row's weight must be a good proxy for the effect of its label. It is for closed forms such as
+    `learners.r2d2(..., absent=None)`. It is not for Adam, whose first steps depend on signs only: a small weight on
+    the first row of a class flips no sign, though its label would flip all of them, and training drifts away from
+    coverage. Let such a learner play the episodes, and give a `refit` that judges them.
 
     Args:
       learner: the base learner, which plays the episodes.
@@ -147,8 +147,8 @@ def pathwise(
         smooth in the weights of its rows; None for `learner` itself. (Of optax's Adam the derivative is NaN without
         `eps_root`.)
       joint: train the learner's meta-parameters with the policy's. With `refit` they follow the learner's own loss, and
-        the policy that of `refit`: the learner's own derivative in the weights of its rows may become a worse guess of
-        what a choice is worth as training makes it surer of itself.
+        the policy that of `refit`: the learner's own derivative in the weights of its rows becomes a worse proxy
+        for the value of a choice as training makes it more confident.
       chunk: problems side by side; None for all.
 
     Returns:
