@@ -8,6 +8,7 @@ from jax import Array
 
 from metaal_jax.active import ActiveState
 from metaal_jax.base import Answer, Batch, Decision, Problem, pad_batch, require, take
+from metaal_jax.rows import finite_rows
 
 
 class Told(NamedTuple):
@@ -38,11 +39,7 @@ def held(state: ActiveState, index: Array, person: Array) -> Array:
 
 def completed(answer: Answer, problem: Problem, decision: Decision) -> Told:
     """Fills in what an answer leaves open; answers for rows that hold NaN, or that are NaN, count as missing."""
-    rows = take(problem.x, decision.index)
-    sound = jnp.ones(decision.index.shape, bool)
-    for leaf in jax.tree.leaves((rows, answer.y)):
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            sound &= jnp.isfinite(leaf.reshape(leaf.shape[0], -1)).all(-1)
+    sound = finite_rows((take(problem.x, decision.index), answer.y))
     later = jnp.zeros(sound.shape, bool) if answer.later is None else answer.later.astype(bool)
     weight = jnp.ones(sound.shape) if answer.weight is None else answer.weight
     weight = (decision.valid & sound & ~later & (weight > 0)).astype(jnp.float32)
