@@ -1,4 +1,4 @@
-"""Claim: rows chosen by iGS or by a committee's variance lower a regression's error faster than random ones.
+"""Claim: iGS and a committee's variance lower a regression's error faster than random rows, clearly so on diabetes.
 
     python experiments/active_regression.py --tables FOLDER --save-results experiments/results/regression/active.json
 
@@ -8,8 +8,8 @@ variable METAAL_TABLES, holds the last two as UCI gives them, comma-separated wi
 strategies get the same. One row is labelled at a time from a cold start, by ridge regression on standardised inputs;
 rules for committees see eight of them, fitted to bootstrapped rows. Errors are in standard deviations of the target.
 
-Expected: the area under the curve of the test error of iGS below random's on all three, paired over 16 seeds. It takes
-four minutes on two CPU cores.
+Expected: the area under the curve of the test error of iGS 0.10 below random's on diabetes (Holm p < 0.001), and 0.03
+below on the two others, where 16 seeds cannot tell it from random. It takes three minutes on two CPU cores.
 
 Reference: Wu, Lin, Huang: Active Learning for Regression Using Greedy Sampling, 2019.
 """

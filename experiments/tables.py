@@ -1,7 +1,7 @@
 """The tables of the READMEs, drawn from the committed result files.
 
-`python experiments/tables.py` prints those of the project's README and writes `experiments/results/README.md` and
-`benchmarks/results/README.md`, which hold all others.
+`python experiments/tables.py` prints those of the project's README and writes `experiments/results/README.md`,
+`benchmarks/results/README.md` and `docs/regression.md`, which hold all others.
 """
 
 import json
@@ -283,6 +283,62 @@ def policy_results(draw: Callable) -> list[Path]:
     return [path for path in paths if kinds.get(path.stem.partition("-")[0], policy_training) is draw]
 
 
+def _with_interval(row: dict, name: str = "mean", sign: str = "") -> str:
+    return f"{row[name]:{sign}.3f} [{row['low']:{sign}.3f}, {row['high']:{sign}.3f}]"
+
+
+def _caption(result: dict, cases: str) -> str:
+    return f"`{result['command']}` ({result['device']}, {result['seconds'] / 60:.0f} minutes, {cases})"
+
+
+def sinusoids(path: Path) -> str:
+    """Mean squared error on sinusoids after fine-tuning, by points and steps."""
+    result = json.loads(path.read_text())
+    rows = {(r["labels"], r["steps"], r["learner"]): r for r in result["rows"]}
+    names = list(dict.fromkeys(key[2] for key in rows))
+    cells = dict.fromkeys(key[:2] for key in rows)
+    lines = [[*cell, *(_with_interval(rows[*cell, name]) for name in names)] for cell in cells]
+    text = tabulate(lines, ["points", "steps", *names], tablefmt="github", disable_numparse=True)
+    return f"{_caption(result, str(result['rows'][0]['tasks']) + ' tasks')}\n\n{text}"
+
+
+def active_regression(path: Path) -> str:
+    """Area under the curve of the root mean squared error of every strategy, less random's."""
+    result = json.loads(path.read_text())
+    paired = {(p["target"], p["a"]["strategy"]): p for p in result["paired"]}
+    lines = []
+    for row in (r for r in result["rows"] if r["metric"] == "rmse_area"):
+        pair = paired.get((row["target"], row["strategy"]))
+        more = ["", ""] if pair is None else [_with_interval(pair, "difference", "+"), f"{pair['p_holm']:.2g}"]
+        lines.append([row["target"], row["strategy"], _with_interval(row), *more])
+    header = ["table", "strategy", "area of RMSE", "less random's", "p (Holm)"]
+    text = tabulate(lines, header, tablefmt="github", disable_numparse=True)
+    return f"{_caption(result, str(result['rows'][0]['seeds']) + ' seeds')}\n\n{text}"
+
+
+def regression() -> str:
+    """The document about targets."""
+    folder = ROOT / "experiments/results/regression"
+    return f"""# Regression
+
+Means with 95 % intervals, drawn by `python experiments/tables.py`.
+
+## Meta-learning: sinusoids
+
+Mean squared error on new tasks after gradient steps on a few points, the protocol of Finn et al. (2017); all learners
+get the same tasks.
+
+{sinusoids(folder / "sinusoids.json")}
+
+## Active learning: three tables
+
+Mean over labels of the test error, in standard deviations of the target; less is better. All strategies get the same
+pools and test rows.
+
+{active_regression(folder / "active.json")}
+"""
+
+
 def tables() -> dict[str, str]:
     """The tables of the project's README, by what they are drawn from."""
     found = {}
@@ -328,6 +384,7 @@ def documents() -> dict[Path, str]:
         for draw in (policy_evaluation, policy_targets):
             text += [f"## Trained policies, {path.stem}\n\n{draw(path)}\n" for path in policy_results(draw)]
         found[ROOT / "experiments/results/README.md"] = "\n".join(text)
+    found[ROOT / "docs/regression.md"] = regression()
     return found
 
 
