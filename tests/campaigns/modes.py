@@ -44,12 +44,11 @@ ROWS = {
 def run(row: str, which: str, mode: str) -> tuple[str, list[str], str]:
     """The counts of pytest's last line, the names of what failed, and all it said."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", f"tests/test_{row}.py"]
-    done = subprocess.run(
-        [*command, *(["-k", which] if which else [])], cwd=ROOT, env={**os.environ, **MODES[mode]}, text=True,
-        capture_output=True,
-    )  # fmt: skip
+    command += ["-k", which] if which else []
+    settings = {**os.environ, **MODES[mode], "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=ROOT, env=settings, text=True, capture_output=True)
     said = done.stdout + done.stderr
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?", said, re.M)
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", said, re.M)
     if done.returncode and not failed:
         failed = [(f"tests/test_{row}.py", "no test of this name" if done.returncode == 5 else said[-300:])]
     passed = re.findall(r"(\d+) passed", said)
