@@ -1,4 +1,4 @@
-"""Claim: MAML learns from sinusoid tasks to fit a new one from ten points far better than a network pre-trained on them.
+"""Claim: MAML learns from sinusoid tasks to fit a new one from ten points, far better than plain pre-training does.
 
     python experiments/sinusoids.py --save-results experiments/results/regression/sinusoids.json
 
