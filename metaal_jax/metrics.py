@@ -186,26 +186,30 @@ class Interval(NamedTuple):
 def interval(values: ArrayLike, *, confidence: float = 0.95) -> Interval:
     """Mean and Student-t confidence interval of one value per seed (host side).
 
-    Paired comparisons are the interval of the differences seed by seed. With a single seed the interval is infinite.
+    Paired comparisons are the interval of the differences seed by seed. With a single seed the interval is infinite,
+    and so it is where a value is: a negative log-likelihood is, once a class that was ruled out turns up.
 
     >>> low = interval([1.0, 2.0, 3.0])
     >>> round(low.mean, 2), round(low.low, 2), round(low.high, 2)
     (2.0, -0.48, 4.48)
 
     Raises:
-      ValueError: without values, for values that are not finite, or a confidence outside (0, 1).
+      ValueError: without values, for NaN among them, or a confidence outside (0, 1).
     """
     from scipy import stats
 
     found = np.asarray(values, np.float64)
     if found.ndim != 1 or found.size == 0:
         raise ValueError(f"interval needs one value per seed, got an array of shape {found.shape}")
-    if not np.isfinite(found).all():
-        seed = int(np.argmin(np.isfinite(found)))
-        raise ValueError(f"interval: the value of seed {seed} is {found[seed]}; leave out failed runs knowingly")
+    if np.isnan(found).any():
+        seed = int(np.argmax(np.isnan(found)))
+        raise ValueError(f"interval: the value of seed {seed} is NaN; leave out failed runs knowingly")
     if not 0 < confidence < 1:
         raise ValueError(f"interval: confidence must lie between 0 and 1, got {confidence}")
-    mean, n = float(found.mean()), found.size
+    n = found.size
+    if np.isinf(found).any():
+        return Interval(float(found[np.isinf(found)][0]), -np.inf, np.inf, n)
+    mean = float(found.mean())
     if n == 1:
         return Interval(mean, -np.inf, np.inf, 1)
     half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * found.std(ddof=1) / np.sqrt(n))

@@ -178,7 +178,9 @@ def nearest_neighbours(x: Array, present: Array, *, neighbours: int, chunk: int 
     for name, value in (("neighbours", neighbours), ("chunk", chunk)):
         require(value >= 1, f"nearest_neighbours: {name} must be at least 1, got {value}")
     n = x.shape[0]
-    x = jnp.where(present[:, None], x - middle(jnp.where(present[:, None], x, 0.0), present), 0.0)
+    # Rows that are nobody's neighbours may hold anything; where they are numbers they have neighbours of their own.
+    x = jnp.where((present | finite_rows(x))[:, None], x, 0.0)
+    x = x - middle(x, present)
 
     def nearest(block: tuple[Array, Array]) -> tuple[Array, Array]:
         rows, own = block

@@ -511,7 +511,7 @@ WRONG = {
     "statistics must be": lambda: learners.r2d2(MLP, statistics="running"),
     "no setting of this head": lambda: learners.protonet(MLP, learn=("ridge",)),
     "over must be a positive integer": lambda: learners.annealed(3, 0),
-    "rows must be at least 1": lambda: tasks.minibatches(rows=0),
+    "rows must be a positive integer": lambda: tasks.minibatches(rows=0),
     "has no norm layer": lambda: learners.maml_plus_plus(MLP, optimizer=SGD, steps=1, anneal_steps=1).init(
         jax.random.key(0), jnp.zeros((1, 4))
     ),

@@ -116,6 +116,11 @@ def test_interval_against_scipy():
         np.testing.assert_allclose([got.mean, got.low, got.high], [values.mean(), low, high], rtol=1e-12)
         assert got.seeds == 5
     assert metrics.interval([0.5]) == (0.5, -np.inf, np.inf, 1)
+    assert metrics.interval([0.5, np.inf, 1.0]) == (np.inf, -np.inf, np.inf, 3)
+    with pytest.raises(ValueError, match="seed 1 is NaN"):
+        metrics.interval([0.5, np.nan])
+    with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
+        metrics.interval(values, confidence=95)
     for wrong in ([], np.ones((2, 2))):
         with pytest.raises(ValueError, match="one value per seed"):
             metrics.interval(wrong)
