@@ -148,7 +148,8 @@ def expected_calibration_error(log_probs: Array, y: Array, weight: Array, *, bin
     known = (weight > 0) & jnp.isfinite(confidence)
     right = (log_probs.argmax(-1) == y).astype(log_probs.dtype)
     bin_of = jnp.clip(jnp.ceil(jnp.where(known, confidence, 0.0) * bins).astype(jnp.int32) - 1, 0, bins - 1)
-    gap = jnp.zeros(bins, log_probs.dtype).at[bin_of].add(jnp.where(known, weight * (right - confidence), 0.0))
+    off = jnp.where(known, weight * (right - confidence), 0.0).astype(log_probs.dtype)
+    gap = jnp.zeros(bins, log_probs.dtype).at[bin_of].add(off)
     total = jnp.where(weight > 0, weight, 0.0).sum()
     return jnp.abs(gap).sum() / jnp.where(total > 0, total, 1.0)
 

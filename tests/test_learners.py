@@ -35,7 +35,9 @@ LEARNERS = {  # learner, shape of a row
 
 def example(key, shape=(4,), rows=7):
     return Batch(
-        x=jax.random.normal(key, (rows, *shape)), y=jnp.arange(rows, dtype=jnp.int32) % 3, weight=jnp.ones(rows)
+        x=jax.random.normal(key, (rows, *shape), jnp.float32),
+        y=jnp.arange(rows, dtype=jnp.int32) % 3,
+        weight=jnp.ones(rows, jnp.float32),
     )
 
 

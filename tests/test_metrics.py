@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from metaal_jax import losses, metrics
+from views import HOLE
 
 
 def plain_score(logits, y, weight):
@@ -68,7 +69,7 @@ def test_regression_score_against_scikit_learn():
     rng = np.random.default_rng(0)
     outputs, y = rng.normal(size=(3, 50, 2)), rng.normal(size=(50, 2))
     weight = rng.uniform(size=50) * (np.arange(50) % 4 > 0)
-    hole = np.where(weight[:, None] > 0, outputs, np.nan)  # padding may hold anything
+    hole = np.where(weight[:, None] > 0, outputs, HOLE)  # padding may hold anything
     got = jax.jit(metrics.regression_score)(*map(jnp.float32, (hole, y, weight)))
     options = {"y_true": y, "y_pred": outputs.mean(0), "sample_weight": weight}
     wanted = (mean_squared_error(**options) ** 0.5, mean_absolute_error(**options), r2_score(**options))
@@ -85,7 +86,7 @@ def test_multi_label_score_against_numpy():
     right = (probs > 0.5) == (y > 0)
     nll = -np.log(np.where(y > 0, probs, 1 - probs)).sum(1)
     wanted = (right[weight].mean(), right[weight].all(1).mean(), nll[weight].mean())
-    hole = np.where(weight[:, None], outputs, np.nan)
+    hole = np.where(weight[:, None], outputs, HOLE)
     got = metrics.multi_label_score(jnp.float32(hole), jnp.asarray(y), jnp.float32(weight))
     np.testing.assert_allclose(got, wanted, rtol=1e-5)
 

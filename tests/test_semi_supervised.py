@@ -50,13 +50,15 @@ RECORDER = Learner(
 
 def example(key, rows=6, width=4):
     return Batch(
-        x=jax.random.normal(key, (rows, width)), y=jnp.arange(rows, dtype=jnp.int32) % 3, weight=jnp.ones(rows)
+        x=jax.random.normal(key, (rows, width), jnp.float32),
+        y=jnp.arange(rows, dtype=jnp.int32) % 3,
+        weight=jnp.ones(rows, jnp.float32),
     )
 
 
 @pytest.mark.parametrize("name", WRAPPED)
 def test_contract_with_a_pool(key, name):
-    pool = jax.random.normal(jax.random.fold_in(key, 1), (20, 4))
+    pool = jax.random.normal(jax.random.fold_in(key, 1), (20, 4), jnp.float32)
     learner, batch = WRAPPED[name], example(key)
 
     def adapt(key, meta, batch, *, unlabelled=None, start=None):

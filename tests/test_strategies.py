@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from metaal_jax import Batch, Prediction, learners, models
-from views import make_view, reorder
+from views import HOLE, make_view, reorder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 from registry import ALIASES, STRATEGIES, Need, find, listing, make_policy
@@ -54,7 +54,7 @@ def view_of(seed, members, *, labelled=(), y=TRUTH, logits=None, same=False, **o
 LEFT = jnp.asarray([0, 7, 20])
 
 
-def filled(view, rows, value=jnp.nan):
+def filled(view, rows, value=HOLE):
     """The view with a value in all that `rows` hold."""
     return view._replace(
         x=jnp.where(rows[:, None], value, view.x),

@@ -127,7 +127,7 @@ def subsampled(policy: Policy, *, rows: int) -> Policy:
         decision, _ = policy.act(act_key, policy_params, policy.begin(begin_key, policy_params, small), small)
         check_count(decision.index.shape[0], count)
         scores = jnp.full(n, -jnp.inf).at[drawn].set(jnp.where(found, decision.scores[capacity:], -jnp.inf))
-        return decision._replace(index=place[decision.index], scores=scores), policy_state
+        return decision._replace(index=place[decision.index].astype(jnp.int32), scores=scores), policy_state
 
     return Policy(init=policy.init, begin=lambda key, policy_params, view: (), act=act)
 

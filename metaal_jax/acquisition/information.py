@@ -192,7 +192,8 @@ def batch_bald(*, k: int, configurations: int = 10_000) -> Policy:
 
         scores = bald(key, view)
         bound, available = jnp.nan_to_num(scores, nan=-jnp.inf), view.available
-        exact, drawn = jnp.zeros((1, members)), jnp.zeros((drawn_from.shape[0], members))
+        kind = view.prediction.logits.dtype
+        exact, drawn = jnp.zeros((1, members), kind), jnp.zeros((drawn_from.shape[0], members), kind)
         first = []
         for _ in range(steps):
             likelihood = jax.nn.logsumexp(exact, axis=1)
@@ -207,7 +208,7 @@ def batch_bald(*, k: int, configurations: int = 10_000) -> Policy:
 
         def sampled(state: tuple[Array, Array, Array], _: None) -> tuple[PyTree, tuple[Array, Array]]:
             bound, available, drawn = state
-            weight = jnp.full(drawn.shape[0], 1.0 / drawn.shape[0])
+            weight = jnp.full(drawn.shape[0], 1.0 / drawn.shape[0], kind)
             row, bound = pick(bound, available, jax.nn.softmax(drawn), weight)
             return (bound, available.at[row].set(False), draw(drawn, row)), (row, available[row])
 

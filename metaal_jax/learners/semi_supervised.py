@@ -199,7 +199,7 @@ def propagate(
 
         return lax.scan(add, jnp.zeros_like(values), (index.T, weight.T))[0]
 
-    degree = along_links(jnp.ones((embedding.shape[0], 1)))
+    degree = along_links(jnp.ones((embedding.shape[0], 1), labels.dtype))
     root = jnp.where(degree > 0, lax.rsqrt(jnp.where(degree > 0, degree, 1.0)), 0.0)
     mass = labels.sum(0)
     target = labels / jnp.where(mass > 0, mass, 1.0)[None]

@@ -94,7 +94,7 @@ def composed_problems(
             x=body.x,
             y=body.y,
             weight=body.weight,
-            cost=jnp.ones(pool),
+            cost=jnp.ones(pool, jnp.float32),
             test=take(held, jnp.arange(test)),
             validation=take(held, jnp.arange(test, test + validation)) if validation else empty_batch(held.x, 1),
             initial=jnp.zeros(0, jnp.int32),

@@ -140,7 +140,7 @@ def minibatches(*, rows: int, rotations: bool = False) -> Callable[[Array, Class
         turn = jax.random.randint(turn_key, (rows,), 0, 4) if rotations else None
         x = gather(data, row, turn)
         y = data.y[row] if turn is None else turn * data.count.shape[0] + data.y[row]
-        return Task(support=empty_batch(x, 1), query=Batch(x=x, y=y, weight=jnp.ones(rows)))
+        return Task(support=empty_batch(x, 1), query=Batch(x=x, y=y, weight=jnp.ones(rows, jnp.float32)))
 
     return sample
 

@@ -89,7 +89,7 @@ def problem(
     if test_x is not None:
         test_x = inputs.rows("problem", test_x, what="test_x")
         test_y = label(test_y, count=rows_of(test_x), what="test_y")
-        test = Batch(x=test_x, y=test_y, weight=jnp.ones(rows_of(test_x)))
+        test = Batch(x=test_x, y=test_y, weight=jnp.ones(rows_of(test_x), jnp.float32))
     if validation is not None:
         held = inputs.rows("problem", validation.x, what="validation.x")
         validation = validation._replace(x=held, y=label(validation.y, count=rows_of(held), what="validation.y"))
@@ -107,7 +107,7 @@ def problem(
     made = Problem(
         x=x,
         y=y,
-        weight=jnp.ones(n),
+        weight=jnp.ones(n, jnp.float32),
         cost=_costs(cost, n),
         test=test,
         validation=empty_batch(x, 1, shapes[0][1] if shapes else None) if validation is None else validation,
@@ -152,14 +152,14 @@ def extend(problem: Problem, x: PyTree, y: ArrayLike | None = None, *, cost: Arr
     return problem._replace(
         x=jax.tree.map(put, problem.x, x),
         y=None if labels is None else put(problem.y, labels),
-        weight=put(problem.weight, jnp.ones(n)),
+        weight=put(problem.weight, jnp.ones(n, jnp.float32)),
         cost=put(problem.cost, _costs(cost, n, "extend")),
     )
 
 
 def _costs(cost: ArrayLike | None, n: int, name: str = "problem") -> Array:
     if cost is None:
-        return jnp.ones(n)
+        return jnp.ones(n, jnp.float32)
     cost = jnp.asarray(cost, jnp.float32)
     require(cost.shape == (n,), f"{name}: {n} rows need as many costs, got shape {cost.shape}")
     require(
@@ -258,7 +258,7 @@ def problems(
             x=body.x,
             y=body.y,
             weight=body.weight,
-            cost=jnp.ones(pool),
+            cost=jnp.ones(pool, jnp.float32),
             test=draw(test_key, data.test, jnp.where(number < count, 0.0, -jnp.inf), test),
             validation=held,
             initial=_initial(body, count),
