@@ -41,7 +41,7 @@ collect_ignore = ["campaigns"]  # by commands of their own, see the README there
 LONGEST = (
     "test_experiments.py", "test_policy_experiments.py", "test_policies.py", "test_policy_training.py",
     "test_policy_evaluation.py", "test_meta_learners.py", "test_few_shot.py", "test_strategy_experiment.py",
-    "test_loop.py", "test_strategies.py",
+    "test_policy_comparison.py", "test_loop.py", "test_strategies.py",
 )  # fmt: skip
 
 
