@@ -1,5 +1,8 @@
 """A loop that people can live with: labels corrected, taken back, known before, put off; a pool that grows."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +56,46 @@ def test_later_is_not_cannot_tell(key, begun):
     told = active.tell(key, meta, state, problem, decision, Answer([0, 0], weight=[0, 1], later=[False, True]))
     assert told.count == told.spent == 0
     assert told.queried[decision.index].tolist() == [True, False]
+
+
+DAY = """
+import sys
+import jax, numpy as np
+import metaal_jax as ml
+
+folder, rounds = sys.argv[1], int(sys.argv[2])
+x = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+y = (x[:, 0] > 0).astype(int) + (x[:, 1] > 1)
+problem = ml.tasks.problem(x, classes=3)
+learner = ml.learners.protonet(ml.models.MLP(3, hidden=(8,)))
+active = ml.active_learner(learner, ml.acquisition.typical(k=3), capacity=18)
+meta_key, init_key, key = jax.random.split(jax.random.key(0), 3)
+meta = learner.init(meta_key, problem.x)
+if sys.argv[3] == "on":
+    shape = jax.eval_shape(active.init, init_key, meta, (), problem)
+    state = ml.checkpoint.restore(folder, shape)
+else:
+    state = active.init(init_key, meta, (), problem)
+for _ in range(rounds):
+    ask_key, tell_key = jax.random.split(jax.random.fold_in(key, state.round))
+    decision, state = active.ask(ask_key, meta, (), state, problem)
+    print(*decision.index.tolist())
+    state = active.tell(tell_key, meta, state, problem, decision, ml.Answer(y[decision.index]))
+ml.checkpoint.save(folder, state)
+"""
+
+
+def test_a_labelling_day_cut_in_two_processes(tmp_path):
+    """Saved by one process and gone on with in another, the same rows are asked for as without the break."""
+
+    def work(*arguments):
+        done = subprocess.run([sys.executable, "-c", DAY, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    whole = work(str(tmp_path / "whole"), "5", "new")
+    cut = work(str(tmp_path / "cut"), "2", "new") + work(str(tmp_path / "cut"), "3", "on")
+    assert cut == whole
+    assert len(set(whole)) == 15
 
 
 def test_labels_that_exist_already(key):
