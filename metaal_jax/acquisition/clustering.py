@@ -90,7 +90,7 @@ def lloyd(
     weight = jnp.where(sound, weight, 0.0)
     # Seen from amid the rows, distances lose less to rounding.
     centre = middle(jnp.where(sound[:, None], x, 0.0), weight > 0, row)
-    x = jnp.where(sound[:, None], x - centre, 0.0)
+    x = jnp.where(sound[:, None], x - centre[None], 0.0)
     fixed = jnp.zeros((0, d)) if fixed is None else fixed - centre
     fixed_used = jnp.ones(fixed.shape[0], bool) if fixed_used is None else fixed_used
     fixed = jnp.where(fixed_used[:, None], fixed, 0.0)
