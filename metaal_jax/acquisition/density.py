@@ -124,8 +124,8 @@ def discriminative(
                 move = -jax.scipy.linalg.solve(hessian, gradient, assume_a="pos")
                 length = jnp.asarray([1.0, 0.5, 0.25, 0.125])
                 margins = sign[None] * (odds[None] + length[:, None] * (rows @ move)[None])
-                loss = (mass * jax.nn.softplus(-margins)).sum(-1)
-                loss += 0.5 * ridge * ((weights + length[:, None] * move) ** 2).sum(-1)
+                loss = (mass[None] * jax.nn.softplus(-margins)).sum(-1)
+                loss += 0.5 * ridge * ((weights[None] + length[:, None] * move[None]) ** 2).sum(-1)
                 change = length[loss.argmin()] * move
                 return turn + 1, weights + change, jnp.abs(change).max() > 1e-4 * jnp.abs(weights + change).max()
 
