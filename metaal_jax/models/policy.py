@@ -37,7 +37,9 @@ class RowNetwork(nn.Module):
     def __call__(self, rows: Array, situation: Array, mask: Array) -> tuple[Array, Array]:
         """Inputs of the rows `[m, f]`, of the situation `[g]`, who counts `[m]` -> scores `[m]`, value `[]`."""
         rows = clear_padding(rows, mask)
-        hidden = nn.tanh(nn.Dense(self.width, name="rows")(rows) + nn.Dense(self.width, name="situation")(situation)[None])
+        hidden = nn.tanh(
+            nn.Dense(self.width, name="rows")(rows) + nn.Dense(self.width, name="situation")(situation)[None]
+        )
         hidden = nn.tanh(nn.Dense(self.width, name="hidden")(hidden))
         return _scores(hidden, rows, self.prior), _value(situation, self.width)
 
