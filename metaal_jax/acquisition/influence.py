@@ -58,7 +58,7 @@ def expected_gradient_length(learner: Learner, *, chunk: int = 64) -> Scorer:
             # d log p_c / d logits_mj = share_mc (delta_cj - p_mj), finite for classes of logit -inf, too.
             probs = jax.nn.softmax(logits)
             total = probs.sum(0)
-            share = probs / jnp.where(total > 0, total, 1.0)
+            share = probs / jnp.where(total > 0, total, 1.0)[None]
             (grads,) = jax.vmap(pullback)(share.T[:, :, None] * (jnp.eye(total.shape[0])[:, None] - probs[None]))
             square = sum((grad.reshape(grad.shape[0], -1) ** 2).sum(-1) for grad in grads)
             return (total / logits.shape[0] * jnp.sqrt(square)).sum()
