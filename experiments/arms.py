@@ -92,9 +92,9 @@ def standardised(
     """The problem, and other test rows, embedded: the pool's mean is 0 and its common standard deviation 1."""
     pool = embed(problem.x)
     mean, scale = pool.mean(0), pool.std() + 1e-6
-    scaled = lambda batch: batch._replace(x=(embed(batch.x) - mean) / scale)  # noqa: E731
+    scaled = lambda batch: batch._replace(x=(embed(batch.x) - mean[None]) / scale)  # noqa: E731
     own = scaled(problem.test)
-    problem = problem._replace(x=(pool - mean) / scale, test=own, validation=scaled(problem.validation))
+    problem = problem._replace(x=(pool - mean[None]) / scale, test=own, validation=scaled(problem.validation))
     return problem, own if test is None else scaled(test)
 
 

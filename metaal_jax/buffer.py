@@ -33,7 +33,7 @@ def asked_of(decision: Decision) -> Array:
 
 def held(state: ActiveState, index: Array, person: Array) -> Array:
     """Where the buffer holds an answer of this annotator to each row, int32 `[k]`, -1 for nowhere."""
-    same = (state.labelled_index == index[:, None]) & (state.labelled_annotator == person[:, None])
+    same = (state.labelled_index[None] == index[:, None]) & (state.labelled_annotator[None] == person[:, None])
     return jnp.where(same.any(1), same.argmax(1), -1).astype(jnp.int32)
 
 

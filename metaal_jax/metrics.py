@@ -109,7 +109,7 @@ def regression_score(outputs: Array, y: Array, weight: Array) -> RegressionScore
     share = jnp.where(weight > 0, weight, 0.0) / jnp.where(total > 0, total, 1.0)
     truth, error = jnp.where(real, truth, 0.0), jnp.where(real, predicted - truth, 0.0)
     squared = share @ error**2
-    spread = share @ jnp.where(real, truth - share @ truth, 0.0) ** 2
+    spread = share @ jnp.where(real, truth - (share @ truth)[None], 0.0) ** 2
     return RegressionScore(
         rmse=jnp.sqrt(squared.mean()),
         mae=(share @ jnp.abs(error)).mean(),

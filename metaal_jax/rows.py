@@ -130,7 +130,7 @@ def squared_distances(a: Array, b: Array) -> Array:
     What the product rounds off is a ten-millionth of the squared lengths: centre the rows first (`middle`).
     """
     # The squares first: then the distance of i to j is that of j to i to the last bit.
-    square = (a**2).sum(-1)[:, None] + (b**2).sum(-1)
+    square = (a**2).sum(-1)[:, None] + (b**2).sum(-1)[None]
     return jnp.maximum(square - 2.0 * a @ b.T, 0.0)
 
 
@@ -180,11 +180,11 @@ def nearest_neighbours(x: Array, present: Array, *, neighbours: int, chunk: int 
     n = x.shape[0]
     # Rows that are nobody's neighbours may hold anything; where they are numbers they have neighbours of their own.
     x = jnp.where((present | finite_rows(x))[:, None], x, 0.0)
-    x = x - middle(x, present)
+    x = x - middle(x, present)[None]
 
     def nearest(block: tuple[Array, Array]) -> tuple[Array, Array]:
         rows, own = block
-        possible = present & (own[:, None] != jnp.arange(n))
+        possible = present[None] & (own[:, None] != jnp.arange(n)[None])
         closeness, index = lax.top_k(jnp.where(possible, -squared_distances(rows, x), -jnp.inf), min(neighbours, n - 1))
         return index.astype(jnp.int32), -closeness
 

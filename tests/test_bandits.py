@@ -152,7 +152,7 @@ def toy_learner(*, shrugs=False):
         return jnp.where((count == 0) | shrugs, 0.0, 2.0 * (kind == 1) - 1)
 
     def predict(params, x):
-        says = jnp.where(params == 0, 0.5 - jnp.arange(2), params * (2 * (x[:, 1:] == jnp.arange(2)) - 1.0))
+        says = jnp.where(params == 0, 0.5 - jnp.arange(2)[None], params * (2 * (x[:, 1:] == jnp.arange(2)[None]) - 1.0))
         return Prediction(logits=jnp.broadcast_to(says, (len(x), 2))[None], embedding=x[None])
 
     return Learner(init=lambda key, x: (), adapt=adapt, predict=predict, meta_grad=None)

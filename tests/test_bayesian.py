@@ -69,7 +69,7 @@ def test_masks_of_rows_and_of_members(key):
         kept = np.asarray(logits) > 0
         np.testing.assert_allclose(logits, kept / 0.75, rtol=1e-6)  # what is kept makes up for what is not
         assert abs(kept.mean(1) - 0.75).max() < 0.12  # five standard deviations
-    assert (shared == shared[0]).all()
+    assert (shared == shared[:1]).all()
     assert len(np.unique(np.asarray(rows), axis=0)) == 6
     np.testing.assert_array_equal(apply("dropout", key, ones[:4]), rows[:4])  # later rows change no earlier one
     np.testing.assert_array_equal(model.apply(variables, ones)[0], ones)  # no random stream, no dropout

@@ -39,7 +39,7 @@ def query_loss(name, *, classes=3, **more):
 
     def loss(embedding, weight, hyper, y, query, query_y):
         made = head(embedding, y, weight, classes, **hyper, **more)
-        return cross_entropy(query @ made["kernel"] + made["bias"], query_y, jnp.ones(len(query), query.dtype))
+        return cross_entropy(query @ made["kernel"] + made["bias"][None], query_y, jnp.ones(len(query), query.dtype))
 
     return loss
 
@@ -258,13 +258,13 @@ def test_a_class_without_a_label_is_never_predicted_however_far_the_others_are()
     """-1000 was nearer than the classes of an embedding of this size."""
     rows = jnp.asarray([[0.0, 0.0], [10.0, 5.0], [5.0, 10.0]])
     head = prototype_head(60.0 * jnp.eye(2), jnp.asarray([0, 1]), jnp.ones(2), 3)
-    logits = rows @ head["kernel"] + head["bias"]
+    logits = rows @ head["kernel"] + head["bias"][None]
     assert logits[0, 0] == logits[0, 1]
     np.testing.assert_array_equal(logits.argmax(-1)[1:], [0, 1])
     assert np.isneginf(logits[:, 2]).all()
     for make in (ridge_head, svm_head):
         head = make(1e4 * jnp.eye(2), jnp.asarray([0, 1]), jnp.ones(2), 3, scale=1e6)
-        assert np.isneginf(1e4 * rows @ head["kernel"] + head["bias"])[:, 2].all()
+        assert np.isneginf(1e4 * rows @ head["kernel"] + head["bias"][None])[:, 2].all()
 
 
 @pytest.mark.parametrize("width", [4, 9])
@@ -277,7 +277,7 @@ def test_the_first_label_of_a_class_is_no_jump(width):
         @jax.jit
         def logits(share):
             made = ridge_head(embedding, y, jnp.where(absent, share, weight), 3, ridge=0.7, absent=None)
-            return embedding @ made["kernel"] + made["bias"]
+            return embedding @ made["kernel"] + made["bias"][None]
 
         slope = jax.jacobian(logits)(0.0)
         np.testing.assert_allclose((logits(1e-6) - logits(0.0)) / 1e-6, slope, rtol=1e-4, atol=1e-5)

@@ -124,7 +124,7 @@ def ridge_learner():
     """Logits by ridge regression on four times the one-hot classes: a learner in closed form."""
 
     def predict(params, x):
-        return Prediction(logits=(x @ params[:-1] + params[-1])[None], embedding=x[None])
+        return Prediction(logits=(x @ params[:-1] + params[-1:])[None], embedding=x[None])
 
     return Learner(
         init=lambda key, x: jnp.zeros((4, 4)),
@@ -385,7 +385,7 @@ def test_predicted_loss_reads_the_loss_head(key):
     params = LOSS_LEARNER.init(key, jnp.zeros((1, 4)))
     view = make_view(0)._replace(params=params)
     view = view._replace(prediction=view.prediction._replace(embedding=jax.random.normal(key, (1, 20, 8))))
-    first, last = params["loss_head"]["hidden"], params["loss_head"]["out"]
+    first, last = (jax.tree.map(np.asarray, params["loss_head"][name]) for name in ("hidden", "out"))
     hidden = np.maximum(np.asarray(view.prediction.embedding[0]) @ first["kernel"] + first["bias"], 0)
     np.testing.assert_allclose(
         acquisition.predicted_loss(key, view), (hidden @ last["kernel"] + last["bias"])[:, 0], rtol=1e-4, atol=1e-6

@@ -203,7 +203,7 @@ def test_targets_run_through_the_loop(key):
         return jnp.linalg.solve(gram, rows.T @ jnp.where(batch.weight[:, None] > 0, batch.y, 0.0))
 
     learner = CENTROIDS._replace(
-        adapt=adapt, predict=lambda params, x: CENTROIDS.predict({"kernel": params, "bias": 0.0}, x)
+        adapt=adapt, predict=lambda params, x: CENTROIDS.predict({"kernel": params, "bias": jnp.zeros(2)}, x)
     )
     rule = acquisition.top_k(acquisition.random, k=2)
     active = active_learner(learner, rule, capacity=8, score=metrics.regression_score)

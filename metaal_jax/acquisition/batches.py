@@ -204,4 +204,4 @@ def diverse(
 
 
 def _euclidean(embedding: Array, row: Array) -> Array:
-    return jnp.sqrt(((embedding - row) ** 2).sum(-1))
+    return jnp.sqrt(((embedding - row[None]) ** 2).sum(-1))

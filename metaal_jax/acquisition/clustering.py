@@ -90,8 +90,8 @@ def lloyd(
     weight = jnp.where(sound, weight, 0.0)
     # Seen from amid the rows, distances lose less to rounding.
     centre = middle(jnp.where(sound[:, None], x, 0.0), weight > 0, row)
-    x = jnp.where(sound[:, None], x - centre, 0.0)
-    fixed = jnp.zeros((0, d)) if fixed is None else fixed - centre
+    x = jnp.where(sound[:, None], x - centre[None], 0.0)
+    fixed = jnp.zeros((0, d)) if fixed is None else fixed - centre[None]
     fixed_used = jnp.ones(fixed.shape[0], bool) if fixed_used is None else fixed_used
     fixed = jnp.where(fixed_used[:, None], fixed, 0.0)
     used = jnp.ones(clusters, bool) if count is None else jnp.arange(clusters) < count
@@ -103,7 +103,7 @@ def lloyd(
     sample, found = select_top(sample_key, jnp.zeros(n), weight > 0, row, moves)
     rows, mass = x[sample[:begins]], jnp.where(found, weight[sample], 0.0)[:begins]
     square = (rows**2).sum(-1)
-    distance = jnp.where(fixed_used, squared_distances(rows, fixed), jnp.inf).min(-1, initial=jnp.inf)
+    distance = jnp.where(fixed_used[None], squared_distances(rows, fixed), jnp.inf).min(-1, initial=jnp.inf)
 
     def start(distance: Array, key: Array) -> tuple[Array, Array]:
         chance = mass * jnp.where(jnp.isinf(distance), 1.0, distance)
@@ -121,7 +121,7 @@ def lloyd(
         return jnp.where(size > 0, total / jnp.where(size > 0, size, 1.0), centres)
 
     centres = lax.fori_loop(0, iterations, improve, centres)
-    return centres + centre, nearest(x, jnp.concatenate([centres, fixed]), used)
+    return centres + centre[None], nearest(x, jnp.concatenate([centres, fixed]), used)
 
 
 def k_means(*, k: int, iterations: int = 10, scorer: Scorer | None = None) -> Policy:
@@ -250,7 +250,7 @@ def typiclust(
             position = lax.dynamic_slice(order, (first[cluster],), (members,))
             inside = jnp.arange(members) < size[cluster]
             rows = embedding[position]
-            distance = jnp.where(inside & ~jnp.eye(members, dtype=bool), squared_distances(rows, rows), jnp.inf)
+            distance = jnp.where(inside[None] & ~jnp.eye(members, dtype=bool), squared_distances(rows, rows), jnp.inf)
             close = -lax.top_k(-distance, min(neighbours, members))[0]
             there = jnp.isfinite(close)
             mean = jnp.sqrt(jnp.where(there, close, 0.0)).sum(-1) / jnp.maximum(there.sum(-1), 1)

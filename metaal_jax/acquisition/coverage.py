@@ -90,15 +90,15 @@ def k_medoids(*, k: int, anchors: int = 1000, iterations: int = 2) -> Policy:
         anchor_key, pick_key, noise_key = jax.random.split(key, 3)
         embedding, noise = centred(view), row_noise(noise_key, view.row)
         anchor, found = stand_ins(anchor_key, view, anchors)
-        itself = anchor[:, None] == jnp.arange(embedding.shape[0])
+        itself = anchor[:, None] == jnp.arange(embedding.shape[0])[None]
         distance = jnp.where(itself, 0.0, jnp.sqrt(squared_distances(embedding[anchor], embedding)))
-        known = jnp.where(view.labelled_index >= 0, distance[:, view.labelled_index], jnp.inf)
+        known = jnp.where(view.labelled_index[None] >= 0, distance[:, view.labelled_index], jnp.inf)
         # Before any label the distance to a medoid is the largest there is, and BUILD begins with the smallest sum.
-        known = known.min(-1, initial=jnp.where(found[:, None] & (view.weight > 0), distance, 0.0).max())
+        known = known.min(-1, initial=jnp.where(found[:, None] & (view.weight[None] > 0), distance, 0.0).max())
         decision = cover_greedily(pick_key, view, k, -distance, -known, found)
 
         def exchange(_: int, index: Array) -> Array:
-            mine = jnp.where(decision.valid, distance[:, index], jnp.inf)
+            mine = jnp.where(decision.valid[None], distance[:, index], jnp.inf)
             cell = jnp.where(found & (mine.min(-1) <= known), mine.argmin(-1), k)
 
             def add(place: int, cost: Array) -> Array:
@@ -132,7 +132,7 @@ def pure_radius(
     """
     real = view.weight > 0
     _, cluster = lloyd(key, embedding, real.astype(jnp.float32), view.row, clusters=classes, iterations=20)
-    other = (cluster[anchor][:, None] != cluster) & real
+    other = (cluster[anchor][:, None] != cluster[None]) & real[None]
     distance = jnp.where(other, squared_distances(embedding[anchor], embedding), jnp.inf).min(-1)
     number = found.sum()
     impure = jnp.floor((1.0 - purity) * number + 1e-4).astype(jnp.int32)
@@ -194,15 +194,15 @@ def prob_cover(
             if radius is not None
             else pure_radius(cluster_key, view, embedding, anchor, found, pseudo_labels, purity)
         )
-        inside = _inside(embedding, anchor, size) & found[:, None] & (view.weight > 0)
-        held = (inside & (anchor[:, None] != jnp.arange(embedding.shape[0]))).any()
+        inside = _inside(embedding, anchor, size) & found[:, None] & (view.weight[None] > 0)
+        held = (inside & (anchor[:, None] != jnp.arange(embedding.shape[0])[None])).any()
         require(held, f"prob_cover: no ball of radius {size} holds a second row; give a larger one")
         return embedding, anchor, found, size
 
     def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
         embedding, anchor, found, size = policy_state
         inside = _inside(embedding, anchor, size)
-        covered = (inside[:, view.labelled_index] & (view.labelled_index >= 0)).any(-1)
+        covered = (inside[:, view.labelled_index] & (view.labelled_index[None] >= 0)).any(-1)
         return cover_greedily(key, view, k, inside, covered.astype(jnp.float32), found)
 
     return fixed_rule(act, begin, embedding=True)
@@ -210,7 +210,7 @@ def prob_cover(
 
 def _inside(embedding: Array, anchor: Array, radius: Array) -> Array:
     # The anchor itself is inside, whatever rounding says.
-    itself = anchor[:, None] == jnp.arange(embedding.shape[0])
+    itself = anchor[:, None] == jnp.arange(embedding.shape[0])[None]
     return itself | (squared_distances(embedding[anchor], embedding) < radius**2)
 
 
@@ -245,7 +245,7 @@ def max_herding(*, k: int, anchors: int = 1000, bandwidth: float | Array | None 
         anchor, found = stand_ins(anchor_key, view, anchors)
         width = squared_width(embedding[anchor], found) if bandwidth is None else jnp.float32(bandwidth) ** 2
         kernel = jnp.exp(-squared_distances(embedding[anchor], embedding) / width)
-        covered = jnp.where(view.labelled_index >= 0, kernel[:, view.labelled_index], 0.0).max(-1, initial=0.0)
+        covered = jnp.where(view.labelled_index[None] >= 0, kernel[:, view.labelled_index], 0.0).max(-1, initial=0.0)
         return cover_greedily(pick_key, view, k, kernel, covered, found)
 
     return fixed_rule(act, embedding=True)
@@ -254,9 +254,9 @@ def max_herding(*, k: int, anchors: int = 1000, bandwidth: float | Array | None 
 def squared_width(rows: Array, found: Array) -> Array:
     """The median over `rows` of the 10 % quantile of their squared distances to each other, `[]`; 1 where all is 0."""
     number = found.sum()
-    distance = jnp.where(found & ~jnp.eye(rows.shape[0], dtype=bool), squared_distances(rows, rows), jnp.inf)
+    distance = jnp.where(found[None] & ~jnp.eye(rows.shape[0], dtype=bool), squared_distances(rows, rows), jnp.inf)
     smallest = -lax.top_k(-distance, max(rows.shape[0] - 2, 0) // 10 + 1)[0]
-    tenth = jnp.arange(smallest.shape[1]) <= jnp.maximum(number - 2, 0) // 10
+    tenth = jnp.arange(smallest.shape[1])[None] <= jnp.maximum(number - 2, 0) // 10
     quantile = jnp.where(tenth, smallest, -jnp.inf).max(-1)
     middle = jnp.sort(jnp.where(found, quantile, jnp.inf))[jnp.maximum(number - 1, 0) // 2]
     spread = jnp.where(found, (rows**2).sum(-1), 0.0).sum() / jnp.maximum(number, 1)

@@ -95,7 +95,7 @@ def discriminative(
         n = embedding.shape[0]
         check_count(k, n)
         # Its mean, and not any point amid it: the ridge holds the intercept, too.
-        embedding = jnp.where(real[:, None], embedding - embedding.sum(0) / jnp.maximum(real.sum(), 1), 0.0)
+        embedding = jnp.where(real[:, None], embedding - (embedding.sum(0) / jnp.maximum(real.sum(), 1))[None], 0.0)
         scale = (embedding**2).sum() / jnp.maximum(real.sum() * embedding.shape[1], 1)
         features = embedding * jnp.where(scale > 0, lax.rsqrt(scale), 0.0)
         features = jnp.concatenate([features, jnp.ones((n, 1))], axis=1)
@@ -123,9 +123,9 @@ def discriminative(
                 hessian = (rows * (mass * probs * (1.0 - probs))[:, None]).T @ rows + ridge * jnp.eye(rows.shape[1])
                 move = -jax.scipy.linalg.solve(hessian, gradient, assume_a="pos")
                 length = jnp.asarray([1.0, 0.5, 0.25, 0.125])
-                margins = sign * (odds + length[:, None] * (rows @ move))
-                loss = (mass * jax.nn.softplus(-margins)).sum(-1)
-                loss += 0.5 * ridge * ((weights + length[:, None] * move) ** 2).sum(-1)
+                margins = sign[None] * (odds[None] + length[:, None] * (rows @ move)[None])
+                loss = (mass[None] * jax.nn.softplus(-margins)).sum(-1)
+                loss += 0.5 * ridge * ((weights[None] + length[:, None] * move[None]) ** 2).sum(-1)
                 change = length[loss.argmin()] * move
                 return turn + 1, weights + change, jnp.abs(change).max() > 1e-4 * jnp.abs(weights + change).max()
 

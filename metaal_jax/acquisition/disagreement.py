@@ -45,7 +45,7 @@ def _bald(logits: Array) -> Array:
 def _mean_kl(logits: Array) -> Array:
     log_probs, centre = jax.nn.log_softmax(logits), consensus(logits)
     probs = jnp.exp(log_probs)
-    return jnp.maximum(jnp.where(probs > 0, probs * (log_probs - centre), 0.0).sum(-1).mean(), 0.0)
+    return jnp.maximum(jnp.where(probs > 0, probs * (log_probs - centre[None]), 0.0).sum(-1).mean(), 0.0)
 
 
 def _mean_std(logits: Array) -> Array:

@@ -20,7 +20,7 @@ def unit_rows(embedding: Array) -> Array:
 def centred(view: PoolView) -> Array:
     """The pool's embedding seen from a point amid it, `[n, d]`: the same distances, less rounding in float32."""
     embedding, real = view.prediction.embedding.mean(0), view.weight > 0
-    return jnp.where(real[:, None], embedding - middle(embedding, real, view.row), 0.0)
+    return jnp.where(real[:, None], embedding - middle(embedding, real, view.row)[None], 0.0)
 
 
 def directions(view: PoolView) -> Array:
@@ -33,14 +33,14 @@ def directions(view: PoolView) -> Array:
     """
     embedding, real = view.prediction.embedding.mean(0), view.weight > 0
     centre = middle(embedding, real, view.row)
-    moved, away = embedding - centre, jnp.sqrt((centre**2).sum())
+    moved, away = embedding - centre[None], jnp.sqrt((centre**2).sum())
     length = jnp.sqrt((embedding**2).sum(-1))
     safe, safe_away = jnp.where(length > 0, length, 1.0), jnp.where(away > 0, away, 1.0)
     shrunk = ((moved**2).sum(-1) + 2.0 * moved @ centre) / (safe * safe_away * (safe + safe_away))
-    unit = moved / safe[:, None] - jnp.where(away > 0, shrunk, 0.0)[:, None] * centre
-    unit = jnp.where(length[:, None] > 0, unit, -centre / safe_away)
+    unit = moved / safe[:, None] - jnp.where(away > 0, shrunk, 0.0)[:, None] * centre[None]
+    unit = jnp.where(length[:, None] > 0, unit, -centre[None] / safe_away)
     mean = jnp.where(real[:, None], unit, 0.0).sum(0) / jnp.maximum(real.sum(), 1)
-    return jnp.where(real[:, None], unit - mean, 0.0)
+    return jnp.where(real[:, None], unit - mean[None], 0.0)
 
 
 def distance_to_labelled(embedding: Array, view: PoolView) -> Array:
@@ -48,7 +48,7 @@ def distance_to_labelled(embedding: Array, view: PoolView) -> Array:
 
     def to_some(index: Array) -> Array:
         distance = squared_distances(embedding, embedding[index])
-        return jnp.where(index >= 0, distance, jnp.inf).min(-1, initial=jnp.inf)
+        return jnp.where(index[None] >= 0, distance, jnp.inf).min(-1, initial=jnp.inf)
 
     if embedding.size <= PLAIN:
         return to_some(view.labelled_index)
@@ -98,7 +98,7 @@ def spread_in_turn(
 
     def distance(own: Array, own_square: Array, others: Array, other_square: Array) -> Array:
         """Between rows `[m, d]` and one row, or `[p, d]`; what rounding leaves of equal rows is 0."""
-        total = own_square[:, None] + other_square
+        total = own_square[:, None] + other_square[None]
         between = total - 2.0 * own @ others.T
         return jnp.where(between > ROUNDING * total, between, 0.0)
 
@@ -120,7 +120,7 @@ def spread_in_turn(
 
     def refresh(state: _Spread) -> _Spread:
         mine = distance(rows, square, rows[state.pending], square[state.pending])
-        mine = jnp.where(jnp.arange(PENDING) < state.count, mine, jnp.inf).min(-1)
+        mine = jnp.where(jnp.arange(PENDING)[None] < state.count, mine, jnp.inf).min(-1)
         return listing(jnp.minimum(state.nearest, mine), state.available)
 
     def stale(state: _Spread) -> Array:
@@ -208,9 +208,9 @@ def typical(*, k: int, neighbours: int = 20, anchors: int = 1000) -> Policy:
 
         def mean_distance(part: tuple[Array, Array]) -> Array:
             rows, own = part
-            distance = jnp.where(found, jnp.sqrt(squared_distances(rows, others)), jnp.inf)
+            distance = jnp.where(found[None], jnp.sqrt(squared_distances(rows, others)), jnp.inf)
             # A row that is itself an anchor must not count as its own neighbour.
-            distance = jnp.where(anchor == own[:, None], jnp.inf, distance)
+            distance = jnp.where(anchor[None] == own[:, None], jnp.inf, distance)
             nearest = -lax.top_k(-distance, min(neighbours, anchor.shape[0]))[0]
             known = jnp.isfinite(nearest)
             return jnp.where(known, nearest, 0.0).sum(-1) / jnp.maximum(known.sum(-1), 1)

@@ -135,7 +135,7 @@ def _gradients(view: PoolView) -> _Gradient:
     error = probs - jax.nn.one_hot(probs.argmax(-1), probs.shape[-1])
     embedding, real = view.prediction.embedding.mean(0), view.weight > 0
     amid = middle(embedding, real, view.row)
-    moved = jnp.where(real[:, None], embedding - amid, 0.0)
+    moved = jnp.where(real[:, None], embedding - amid[None], 0.0)
     error_square = jnp.where(real, (error**2).sum(-1), 0.0)
     return _Gradient(
         error=error,
@@ -159,15 +159,15 @@ def _combined(own: _Gradient, others: _Gradient, apart: Array, error: Array, mov
 
 def _squared_distance(own: _Gradient, others: _Gradient) -> Array:
     """Of one row to each of the others, `[n]`."""
-    apart = ((others.error - own.error) ** 2).sum(-1)
+    apart = ((others.error - own.error[None]) ** 2).sum(-1)
     return _combined(own, others, apart, others.error @ own.error, others.moved @ own.moved)
 
 
 def _to_all(chosen: _Gradient, rows: _Gradient) -> Array:
     """Of several rows to all, `[p, n]`."""
-    own = _Gradient(*(leaf[:, None] if leaf.ndim == 1 else leaf for leaf in chosen))
-    apart = lax.map(lambda error: ((rows.error - error) ** 2).sum(-1), chosen.error)
-    return _combined(own, rows, apart, chosen.error @ rows.error.T, chosen.moved @ rows.moved.T)
+    own, others = jax.tree.map(lambda leaf: leaf[:, None], chosen), jax.tree.map(lambda leaf: leaf[None], rows)
+    apart = lax.map(lambda error: ((rows.error - error[None]) ** 2).sum(-1), chosen.error)
+    return _combined(own, others, apart, chosen.error @ rows.error.T, chosen.moved @ rows.moved.T)
 
 
 def _block(

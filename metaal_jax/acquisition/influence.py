@@ -58,8 +58,8 @@ def expected_gradient_length(learner: Learner, *, chunk: int = 64) -> Scorer:
             # d log p_c / d logits_mj = share_mc (delta_cj - p_mj), finite for classes of logit -inf, too.
             probs = jax.nn.softmax(logits)
             total = probs.sum(0)
-            share = probs / jnp.where(total > 0, total, 1.0)
-            (grads,) = jax.vmap(pullback)(share.T[:, :, None] * (jnp.eye(total.shape[0])[:, None] - probs))
+            share = probs / jnp.where(total > 0, total, 1.0)[None]
+            (grads,) = jax.vmap(pullback)(share.T[:, :, None] * (jnp.eye(total.shape[0])[:, None] - probs[None]))
             square = sum((grad.reshape(grad.shape[0], -1) ** 2).sum(-1) for grad in grads)
             return (total / logits.shape[0] * jnp.sqrt(square)).sum()
 
@@ -85,7 +85,7 @@ def head_gradient_length(key: Array, view: PoolView) -> Array:
     del key
     require_classes("head_gradient_length", view)
     probs = jnp.exp(consensus(view.prediction.logits))
-    best = jnp.arange(probs.shape[-1]) == probs.argmax(-1)[:, None]
+    best = jnp.arange(probs.shape[-1])[None] == probs.argmax(-1)[:, None]
     others = jnp.where(best, 0.0, probs)
     # |p - e_c|^2 of the most probable class is near 0, where 1 - 2 p_c + |p|^2 would cancel.
     of_best = others.sum(-1, keepdims=True) ** 2 + (others**2).sum(-1, keepdims=True)
@@ -112,7 +112,7 @@ def expected_model_change(key: Array, view: PoolView) -> Array:
     logits = view.prediction.logits
     require_committee("expected_model_change", logits)
     labels = jax.nn.softmax(logits) if is_classes(view.labelled.y) else logits
-    change = jnp.sqrt(((labels - labels.mean(0)) ** 2).sum(-1)).mean(0)
+    change = jnp.sqrt(((labels - labels.mean(0, keepdims=True)) ** 2).sum(-1)).mean(0)
     return change * _length(view.prediction.embedding.mean(0))
 
 
@@ -168,11 +168,11 @@ def glister(learner: Learner, *, k: int, step_size: float | Array = 0.05) -> Pol
 
         def score(judge_logits: Array) -> Array:
             residual = weight[:, None] * (truth - jax.nn.softmax(judge_logits))
-            return (step * (embedding @ (residual.T @ judge_embedding).T + residual.sum(0))).sum(-1)
+            return (step * (embedding @ (residual.T @ judge_embedding).T + residual.sum(0, keepdims=True))).sum(-1)
 
         def update(judge_logits: Array, position: Array) -> Array:
             alike = judge_embedding @ embedding[position] + 1.0
-            return judge_logits + step_size * alike[:, None] * step[position]
+            return judge_logits + step_size * alike[:, None] * step[position][None]
 
         return pick_in_turn(key, view, k, judge_log_probs, score, update), policy_state
 

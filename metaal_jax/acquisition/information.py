@@ -203,7 +203,7 @@ def batch_bald(*, k: int, configurations: int = 10_000) -> Policy:
             row, bound = pick(bound, available, posterior, jax.nn.softmax(likelihood))
             first.append((row, available[row]))
             available = available.at[row].set(False)
-            exact = (exact[:, None] + log_probs[:, row].T).reshape(-1, members)
+            exact = (exact[:, None] + log_probs[:, row].T[None]).reshape(-1, members)
             drawn = draw(drawn, row)
 
         def sampled(state: tuple[Array, Array, Array], _: None) -> tuple[PyTree, tuple[Array, Array]]:

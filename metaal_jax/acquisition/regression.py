@@ -48,7 +48,7 @@ def _positions(view: PoolView, space: Space) -> Array:
         leaves = [leaf.reshape(n, -1).astype(jnp.float32) for leaf in jax.tree.leaves(view.x)]
         rows = jnp.concatenate(leaves, axis=-1)
     real = view.weight > 0
-    return jnp.where(real[:, None], rows - middle(rows, real, view.row), 0.0)
+    return jnp.where(real[:, None], rows - middle(rows, real, view.row)[None], 0.0)
 
 
 def _nearest_input(key: Array, view: PoolView, rows: Array) -> Array:
@@ -59,7 +59,7 @@ def _nearest_input(key: Array, view: PoolView, rows: Array) -> Array:
     """
     real, square = view.weight > 0, (rows**2).sum(-1)
     mean = rows.sum(0) / jnp.maximum(real.sum(), 1)
-    central = -((rows - mean) ** 2).sum(-1)
+    central = -((rows - mean[None]) ** 2).sum(-1)
     able = jnp.where(view.available.any(), view.available, real)
     best = jnp.where(able, central, -jnp.inf).max()
     first = jnp.where(able & (central >= best - 1e-6 * square.max()), row_noise(key, view.row), -1).argmax()
@@ -116,7 +116,7 @@ def _greedy(name: str, k: int, space: Space, with_input: bool) -> Policy:
 
         def apart(targets: Array, near: Array) -> Array:
             """Squared distances of the outputs to one row's target `[t]`, times those of the inputs."""
-            output = ((outputs - targets) ** 2).sum(-1)
+            output = ((outputs - targets[None]) ** 2).sum(-1)
             return near * output if with_input else output
 
         def to_row(position: Array) -> Array:
@@ -231,7 +231,7 @@ def expected_variance_reduction(*, k: int, noise: float | Array | None = None) -
         require_committee("expected_variance_reduction", outputs)
         members, real = outputs.shape[0], view.weight > 0
         # Deviations whose inner products over the members are covariances, [t, n, m].
-        away = jnp.where(real[:, None], outputs - outputs.mean(0), 0.0).transpose(2, 1, 0) / members**0.5
+        away = jnp.where(real[:, None], outputs - outputs.mean(0, keepdims=True), 0.0).transpose(2, 1, 0) / members**0.5
         total = jnp.maximum(real.sum(), 1)
         mean = (away**2).sum() / (total * outputs.shape[-1])
         extra = 0.01 * mean if noise is None else jnp.asarray(noise, mean.dtype)

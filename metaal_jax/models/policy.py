@@ -37,7 +37,9 @@ class RowNetwork(nn.Module):
     def __call__(self, rows: Array, situation: Array, mask: Array) -> tuple[Array, Array]:
         """Inputs of the rows `[m, f]`, of the situation `[g]`, who counts `[m]` -> scores `[m]`, value `[]`."""
         rows = clear_padding(rows, mask)
-        hidden = nn.tanh(nn.Dense(self.width, name="rows")(rows) + nn.Dense(self.width, name="situation")(situation))
+        hidden = nn.tanh(
+            nn.Dense(self.width, name="rows")(rows) + nn.Dense(self.width, name="situation")(situation)[None]
+        )
         hidden = nn.tanh(nn.Dense(self.width, name="hidden")(hidden))
         return _scores(hidden, rows, self.prior), _value(situation, self.width)
 
@@ -94,9 +96,9 @@ class SetNetwork(nn.Module):
         """Inputs of the rows `[m, f]`, of the situation `[g]`, who counts `[m]` -> scores `[m]`, value `[]`."""
         rows = clear_padding(rows, mask)
         dense = lambda name, x: nn.Dense(self.width, name=name)(x)  # noqa: E731
-        hidden = nn.tanh(dense("rows", rows) + dense("situation", situation))
+        hidden = nn.tanh(dense("rows", rows) + dense("situation", situation)[None])
         point = self.param("points", nn.initializers.normal(1.0), (self.points, self.width))
-        asked = (point + dense("asked", situation)) @ dense("keys", hidden).T / jnp.sqrt(self.width)
+        asked = (point + dense("asked", situation)[None]) @ dense("keys", hidden).T / jnp.sqrt(self.width)
         # Without any row that counts nothing is left out, and the summary is 0.
         share = jax.nn.softmax(jnp.where((mask | ~mask.any())[None], asked, -jnp.inf), axis=-1) * mask.any()
         summary = nn.tanh(dense("summary", share @ hidden))

@@ -166,7 +166,7 @@ def exp4p(
         answered = (view.labelled_index >= 0) & (view.labelled.weight > 0)
         labelled = _holds(jnp.where(answered, view.labelled_index, n), n)[state.index]
         worth = reward(view, state.row_probability) / state.row_probability[state.index]
-        estimate = (state.advice * jnp.where(state.valid & labelled, worth, 0.0)).sum(-1)
+        estimate = (state.advice * jnp.where(state.valid & labelled, worth, 0.0)[None]).sum(-1)
         log_weight = state.log_weight + 0.5 * least * (estimate + bonus * state.width)
         return log_weight - log_weight.max()
 
@@ -191,7 +191,7 @@ def exp4p(
         size = jnp.maximum(each.valid.sum(-1), 1)
         drawn = jax.random.categorical(draw_key, jnp.log(p))
         chosen = take(each, drawn)
-        same = (batch == batch[drawn]).all(-1)
+        same = (batch == batch[drawn][None]).all(-1)
         decision = Decision(
             index=chosen.index,
             valid=chosen.valid,
@@ -204,7 +204,7 @@ def exp4p(
             row_probability=policy_state.row_probability.at[place[drawn]].set(q[chosen.index], mode="drop"),
             index=chosen.index,
             valid=chosen.valid,
-            advice=(batch[:, chosen.index] & chosen.valid) / size[:, None],
+            advice=(batch[:, chosen.index] & chosen.valid[None]) / size[:, None],
             width=(each.valid / jnp.where(each.valid, q[each.index], 1.0)).sum(-1) / size,
             rules=tuple(state for _, state in acted),
         )

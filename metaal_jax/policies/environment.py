@@ -230,7 +230,7 @@ def environment(
     def take_action(key: Array, action: Array, position: Array, view: PoolView) -> tuple[Decision, Array]:
         del key
         place = jnp.clip(action, 0, position.shape[0] - 1)
-        again = jnp.tril(action[:, None] == action, -1).any(-1)
+        again = jnp.tril(action[:, None] == action[None], -1).any(-1)
         index = position[place]
         return _decision(index, (place == action) & ~again & view.available[index], view), position
 

@@ -83,7 +83,7 @@ def evolution(
         if flat.size == 0:
             raise ValueError("evolution: this policy has no parameters to train")
         noise = jax.random.normal(noise_key, (pairs, flat.size), flat.dtype)
-        moved = jax.vmap(back)(flat + deviation * jnp.concatenate([noise, -noise]))
+        moved = jax.vmap(back)(flat[None] + deviation * jnp.concatenate([noise, -noise]))
 
         def one(key: Array) -> tuple[Array, Array]:
             problem_key, run_key = jax.random.split(key)

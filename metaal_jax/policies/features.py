@@ -154,9 +154,9 @@ def pool_geometry(key: Array, view: PoolView, *, anchors: int = 1000) -> Geometr
     embedding = directions(view)
     anchor, found = stand_ins(key, view, anchors)
     width = squared_width(embedding[anchor], found)
-    kernel = jnp.exp(-squared_distances(embedding, embedding[anchor]) / width) * found
-    itself = jnp.arange(embedding.shape[0])[:, None] == anchor
-    others = jnp.clip(found.sum() - (itself & found).any(-1), 1, NEIGHBOURS)
+    kernel = jnp.exp(-squared_distances(embedding, embedding[anchor]) / width) * found[None]
+    itself = jnp.arange(embedding.shape[0])[:, None] == anchor[None]
+    others = jnp.clip(found.sum() - (itself & found[None]).any(-1), 1, NEIGHBOURS)
     nearest = lax.top_k(jnp.where(itself, 0.0, kernel), min(NEIGHBOURS, anchor.shape[0]))[0].sum(-1) / others
     weight = (found / jnp.maximum(found.sum(), 1)).astype(jnp.float32)
     return Geometry(
@@ -207,7 +207,7 @@ def observe(
     real = (view.weight > 0).astype(jnp.float32)
     confidence = probs.max(-1)
     # The second largest without a sort.
-    margin = confidence - jnp.where(jnp.arange(c) == probs.argmax(-1)[:, None], 0.0, probs).max(-1)
+    margin = confidence - jnp.where(jnp.arange(c)[None] == probs.argmax(-1)[:, None], 0.0, probs).max(-1)
     entropy = entropy_of(log_probs) / log_c
     each = entropy_of(jax.nn.log_softmax(view.prediction.logits)).mean(0) / log_c
     disagreement = jnp.maximum(entropy - each, 0.0) if view.prediction.logits.shape[0] > 1 else jnp.zeros(n)
@@ -220,7 +220,7 @@ def observe(
     labelled = view.labelled_index >= 0
     answered = (view.labelled.weight > 0) & labelled
     own = jnp.maximum(view.labelled_index, 0)
-    covered = jnp.where(labelled, geometry.kernel[own].T, 0.0).max(-1, initial=0.0)
+    covered = jnp.where(labelled[None], geometry.kernel[own].T, 0.0).max(-1, initial=0.0)
     interest = jnp.where(geometry.weight > 0, 1.0 - margin[geometry.anchor], 0.0)
     doubt = geometry.weight * interest
     truth = jax.nn.one_hot(view.labelled.y, c) * answered[:, None]
@@ -231,10 +231,10 @@ def observe(
 
     def places(part: tuple[Array, Array, Array]) -> tuple[Array, ...]:
         embedding, kernel, probs = part
-        near = jnp.exp(-squared_distances(embedding, known) / geometry.width) * labelled
+        near = jnp.exp(-squared_distances(embedding, known) / geometry.width) * labelled[None]
         # One part in a hundred for "any class", so that far from all labels nothing is said.
         nearby = (near @ truth + 0.01 / c) / (near @ answered.astype(jnp.float32) + 0.01)[:, None]
-        gain = jnp.maximum(kernel - covered, 0.0)
+        gain = jnp.maximum(kernel - covered[None], 0.0)
         dissent = 1.0 - (probs * nearby).sum(-1)
         return near.max(-1, initial=0.0), gain @ geometry.weight, gain @ doubt, kernel @ doubt, dissent
 
@@ -253,7 +253,7 @@ def observe(
     # Padding has no features, whatever its zeros would give.
     rows = jnp.where((view.weight > 0)[:, None], rows, 0.0)
     mean = weight @ rows / total
-    scale = jnp.sqrt(weight @ (rows - mean) ** 2 / total)
+    scale = jnp.sqrt(weight @ (rows - mean[None]) ** 2 / total)
 
     shares = count / jnp.maximum(count.sum(), 1.0)
     balance = -jnp.where(shares > 0, shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), 0.0).sum() / log_c
@@ -286,7 +286,7 @@ def inputs(observation: Observation) -> Array:
     """
     rows, mean, scale = observation.rows, observation.mean, observation.scale
     spread = scale > 1e-5
-    z = jnp.where(spread, (rows - mean) / jnp.where(spread, scale, 1.0), 0.0)
+    z = jnp.where(spread[None], (rows - mean[None]) / jnp.where(spread, scale, 1.0)[None], 0.0)
     return jnp.concatenate([rows, jnp.arcsinh(z)], axis=-1)
 
 
@@ -297,7 +297,7 @@ def picked(observation: Observation, place: Array) -> Observation:
     deviations, by the reference weights; all else waits for the label.
     """
     covered = jnp.maximum(observation.covered, observation.kernel[place])
-    gain = jnp.maximum(observation.kernel - covered, 0.0)
+    gain = jnp.maximum(observation.kernel - covered[None], 0.0)
     distance = squared_distances(observation.embedding, observation.embedding[place][None])[:, 0]
     nearness = jnp.maximum(observation.rows[:, NEARNESS], jnp.exp(-distance / observation.width))
     new = (nearness, gain @ observation.weight, gain @ (observation.weight * observation.interest))

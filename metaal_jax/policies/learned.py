@@ -156,7 +156,7 @@ def learned(
         return decision, policy_state._replace(memory=features.remember(policy_state.memory, view))
 
     def evaluate(policy_params: PyTree, observation: Observation, index: Array) -> tuple[Array, Array, Array]:
-        found = (observation.position == index[:, None]) & observation.available
+        found = (observation.position[None] == index[:, None]) & observation.available[None]
 
         def choose(number: Array, scores: Array, available: Array) -> Array:
             return found[number].argmax()

@@ -191,14 +191,14 @@ def pathwise(
         given = jnp.zeros(n).at[jnp.where(problem.initial >= 0, problem.initial, n)].set(1.0, mode="drop")
         if estimator == "relaxed":
             # A row is labelled unless no round chose it.
-            weights = jnp.maximum(given, 1.0 - jnp.cumprod(1.0 - jnp.minimum(chosen, 1.0), axis=0))
+            weights = jnp.maximum(given[None], 1.0 - jnp.cumprod(1.0 - jnp.minimum(chosen, 1.0), axis=0))
         else:
             # The rows that were bought: an oracle may have no label to give.
             bought = jnp.zeros_like(chosen)
             bought = jax.vmap(lambda row, index, real: row.at[index].max(real.astype(jnp.float32)))(
                 bought, runs.index, runs.bought
             )
-            weights = given + jnp.cumsum(bought + chosen - lax.stop_gradient(chosen), axis=0)
+            weights = given[None] + jnp.cumsum(bought + chosen - lax.stop_gradient(chosen), axis=0)
 
         def judged(judge: Learner, meta: PyTree, weights: Array) -> Array:
             @jax.checkpoint

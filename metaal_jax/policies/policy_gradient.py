@@ -89,7 +89,7 @@ def reinforce(
             runs = jax.vmap(lambda key: play(key, state.meta, state.params, problem))(keys)
             reward_of = jax.vmap(lambda run: rewards(run, reward=reward, target=target))(runs)
             to_go = jnp.cumsum(reward_of[:, ::-1], axis=1)[:, ::-1]
-            advantage = told_apart(to_go - to_go.mean(0), jnp.abs(to_go).max()) * rollouts / (rollouts - 1)
+            advantage = told_apart(to_go - to_go.mean(0)[None], jnp.abs(to_go).max()) * rollouts / (rollouts - 1)
 
             def loss(params: PyTree) -> tuple[Array, Array]:
                 def judge(observation: PyTree, index: Array) -> tuple[Array, Array]:

@@ -149,9 +149,9 @@ def selector(
 
     def proposers(seen: Proposals, index: Array) -> Array:
         """Which rules propose these rows, in whatever order; entries that are not valid mean nothing."""
-        valid = seen.valid[(seen.index == index).all(-1).argmax()]
+        valid = seen.valid[(seen.index == index[None]).all(-1).argmax()]
         wanted = jnp.sort(jnp.where(valid, index, -1))
-        return (jnp.sort(jnp.where(seen.valid, seen.index, -1), axis=-1) == wanted).all(-1)
+        return (jnp.sort(jnp.where(seen.valid, seen.index, -1), axis=-1) == wanted[None]).all(-1)
 
     def of_batch(log_probs: Array, seen: Proposals, index: Array) -> Array:
         return jax.nn.logsumexp(jnp.where(proposers(seen, index), log_probs, -jnp.inf))

@@ -149,7 +149,7 @@ def draw_rows(key: Array, data: ClassData, label: Array, k: int) -> tuple[Array,
     if k > most:
         raise ValueError(f"{k} rows of a class wanted, the largest class has {most}; ask for fewer shots or queries")
     noise = jax.random.uniform(key, (label.shape[0], most))
-    noise = jnp.where(jnp.arange(most) < data.count[label][:, None], noise, -1.0)
+    noise = jnp.where(jnp.arange(most)[None] < data.count[label][:, None], noise, -1.0)
     value, column = lax.top_k(noise, k)
     return jnp.take_along_axis(data.rows[label], column, axis=1), value >= 0
 

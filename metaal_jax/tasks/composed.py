@@ -73,7 +73,7 @@ def composed_problems(
         rare = -place * jax.random.uniform(rare_key) * jnp.log(imbalance)
 
         row = data.rows[label]
-        real = (jnp.arange(most) < data.count[label][..., None]) & there[..., None]
+        real = (jnp.arange(most)[None, None] < data.count[label][..., None]) & there[..., None]
         y = jnp.broadcast_to(jnp.arange(ways, dtype=jnp.int32)[:, None, None], row.shape).reshape(-1)
         log_share = jnp.where(real, jnp.log(jnp.maximum(share, 1e-9))[..., None], -jnp.inf).reshape(-1)
         row = row.reshape(-1)
