@@ -30,9 +30,9 @@ Expected, on two cores: k_center 0.035 s, ten times as fast as scikit-activeml a
 times as fast; the wide badge 0.21 s and 0.14 GB; batch_bald 0.2 s where batchbald_redux takes 105 s: the draws agree on
 most of that pool, whose rows need not be looked at again after each pick; pools without such structure gain less.
 typical and typiclust take up to twice as long as their NumPy forms. With --large no rule takes over twice the time of
-max_herding (2 s): 1.9 for typiclust, 1.7 for typical and k_means, 1.4 or less for the others. Other work on the machine
-slows those with many small steps more than max_herding. All figures:
-benchmarks/results/cpu-2/acquisition.json.
+max_herding (0.8 s): 1.9 for typiclust, 1.8 for typical, 1.6 for k_means, 1.5 or less for the others. Other work on the
+machine slows those with many small steps more than max_herding. All figures: benchmarks/results/cpu-2/acquisition.json
+and acquisition_large.json.
 """
 
 import sys
