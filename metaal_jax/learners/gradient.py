@@ -233,12 +233,14 @@ def gradient_steps(
         if microbatch is None:
             return loss_of_rows(rows)
 
+        kind = jnp.result_type(rows.weight, *jax.tree.leaves(variables["params"]))
+
         def add(total: Array, part: tuple[Batch, Array]) -> tuple[Array, None]:
-            return total + part[1] * loss_of_rows(part[0]), None
+            return total + (part[1] * loss_of_rows(part[0])).astype(kind), None
 
         chunks = _chunks(rows, microbatch)
         weight = rows.weight.sum()
-        total, _ = lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.zeros_like(weight), chunks)
+        total, _ = lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.zeros((), kind), chunks)
         return total / jnp.where(weight > 0, weight, 1.0)
 
     def loss_of(free: PyTree, problem: InnerProblem, rows: Batch, embedding: Array | None, norm: PyTree) -> Array:
