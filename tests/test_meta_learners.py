@@ -28,7 +28,7 @@ class Smooth(nn.Module):
     def __call__(self, x, weight=None):
         x = nn.Dense(5, param_dtype=jnp.float64)(x)
         if self.norm == "batch":
-            x = models.BatchNorm()(x, weight)
+            x = models.BatchNorm(param_dtype=jnp.float64)(x, weight)
         x = nn.tanh(x)
         return nn.Dense(3, param_dtype=jnp.float64, name="head")(x), x
 

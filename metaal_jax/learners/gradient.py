@@ -385,7 +385,7 @@ def _merge(tree: PyTree, part: PyTree) -> PyTree:
 
 
 def _squares(tree: PyTree) -> Array:
-    return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), start=jnp.zeros(()))
+    return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), start=jnp.zeros((), jnp.float32))
 
 
 def _chunks(batch: Batch, size: int) -> tuple[Batch, Array]:

@@ -65,8 +65,10 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """`[n, h, w, c]` -> `[n, ceil(h / stride), ceil(w / stride), features]`."""
-        kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros_init(), (self.features,)) if self.use_bias else None
+        kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features), jnp.float32)
+        bias = (
+            self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32) if self.use_bias else None
+        )
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         if self.implementation == "lax":
             y = lax.conv_general_dilated(x, kernel, self.strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -100,12 +102,13 @@ class BatchNorm(nn.Module):
 
     epsilon: float = 1e-5
     dtype: Any = None
+    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Array, weight: Array | None = None) -> Array:
         """`[n, ..., c]` normalised over all axes but the last; `weight` float32 `[n]`."""
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],))
+        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         wide = wide if weight is None else clear_padding(wide, weight)
         collecting = self.is_mutable_collection("batch_stats") and not self.is_initializing()

@@ -67,7 +67,7 @@ class LinearNetwork(nn.Module):
         start = jnp.zeros(rows.shape[-1]).at[: len(self.prior)].set(jnp.asarray(self.prior, jnp.float32))
         factors = self.param("factors", lambda _: start)
         if self.situation:
-            moves = self.param("moves", nn.initializers.zeros, (len(self.situation), rows.shape[-1]))
+            moves = self.param("moves", nn.initializers.zeros, (len(self.situation), rows.shape[-1]), jnp.float32)
             factors = factors + situation[jnp.asarray(self.situation)] @ moves
         if self.ignored:
             factors = factors.at[jnp.asarray(self.ignored)].set(0.0)
@@ -97,7 +97,7 @@ class SetNetwork(nn.Module):
         rows = clear_padding(rows, mask)
         dense = lambda name, x: nn.Dense(self.width, name=name)(x)  # noqa: E731
         hidden = nn.tanh(dense("rows", rows) + dense("situation", situation)[None])
-        point = self.param("points", nn.initializers.normal(1.0), (self.points, self.width))
+        point = self.param("points", nn.initializers.normal(1.0), (self.points, self.width), jnp.float32)
         asked = (point + dense("asked", situation)[None]) @ dense("keys", hidden).T / jnp.sqrt(self.width)
         # Without any row that counts nothing is left out, and the summary is 0.
         share = jax.nn.softmax(jnp.where((mask | ~mask.any())[None], asked, -jnp.inf), axis=-1) * mask.any()
