@@ -5,7 +5,7 @@
     python tests/campaigns/modes.py x64 --rows loop    # some rows
     python tests/campaigns/modes.py --verbose          # with pytest's own words for what fails
 
-One line a mode and what failed in it below; the exit status is 1 if anything did. About 5 minutes on two cores.
+One line a mode and what failed in it below; the exit status is 1 if anything did. About 8 minutes on two cores.
 """
 
 import argparse
