@@ -12,8 +12,8 @@ by a score take about as long as NumPy: both are bound by the same exponentials.
 The strategies are those of experiments/registry.py: `begin` and `act` of one round of 100 picks as one program. The
 pool has 64 features from ten clusters, ten classes, 50 labelled rows and a buffer for 150; its logits are those of ten
 draws around a linear head, which is also what rules with a learner refit. batch_bald, epig, error_reduction,
-error_reduction_01 and oracle look at 200 random rows, as in the registry; k_medoids, max_herding, prob_cover and
-typical at all rows but judge them by 1000 random ones, here and in NumPy.
+error_reduction_01 and oracle look at 200 random rows, as in the registry; k_medoids, max_herding, uncertain_herding,
+prob_cover and typical at all rows but judge them by 1000 random ones, here and in NumPy.
 
 NumPy's forms (references/scores.py, references/rules.py) are float32 and vectorised over the pool. Rules that refit or
 draw at random have none (it would take minutes, or there is nothing to compare), nor have mixtures of other rules. The
@@ -62,8 +62,8 @@ from registry import STRATEGIES, Need, make_policy
 MEMBERS, CLASSES, FEATURES, LABELLED, KEY = 10, 10, 64, 50, 0
 NO_PEERS = "{} is not installed, so there are no peers; install them with: pip install -e '.[peers]'"
 NUMPY = "numpy"
-COVERING = ("max_herding", "typical", "k_center", "typiclust", "k_means", "prob_cover", "k_medoids", "cluster_margin",
-            "density_entropy", "discriminative", "badge")  # fmt: skip
+COVERING = ("max_herding", "uncertain_herding", "typical", "k_center", "typiclust", "k_means", "prob_cover",
+            "k_medoids", "cluster_margin", "density_entropy", "discriminative", "badge")  # fmt: skip
 FEW = ("margin", "bald", "k_center", "badge", "glister", "max_herding", "discriminative")
 
 

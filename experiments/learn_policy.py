@@ -117,7 +117,7 @@ class Config:
     """Problems of each kind that choose the checkpoint."""
     report_problems: int = 200
     """Problems of each kind in the report."""
-    rules: str = "random,margin,typiclust,max_herding"
+    rules: str = "random,margin,typiclust,max_herding,uncertain_herding"
     """Comma-separated rules in the report; max_herding, the one that counts, among them."""
 
     problems: int = 8

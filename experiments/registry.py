@@ -151,6 +151,9 @@ STRATEGIES: dict[str, Strategy] = {
         lambda need: acquisition.prob_cover(k=need.k, classes=need.classes),
     ),
     "max_herding": Strategy("largest gain in kernel coverage", lambda need: acquisition.max_herding(k=need.k)),
+    "uncertain_herding": Strategy(
+        "largest gain in kernel coverage of what is uncertain", lambda need: acquisition.uncertain_herding(k=need.k)
+    ),
     "density": Strategy("largest mean similarity to the pool", _top(acquisition.density)),
     "density_entropy": Strategy(
         "entropy times density", _top(acquisition.density_weighted(acquisition.entropy))

@@ -16,7 +16,8 @@ from runs import RunFolder, command, environment
 SHOWN = (10, 20, 50, 100, 200, 300)
 # The same rule under another name where the learner is one linear layer; ranks and wins count it once.
 TWINS = ("gradient_length", "mean_kl")
-FOLLOWED = ("random", "margin", "bald", "batch_bald", "badge", "typical", "typiclust", "max_herding", "oracle")
+FOLLOWED = ("random", "margin", "bald", "batch_bald", "badge", "typical", "typiclust", "max_herding",
+            "uncertain_herding", "oracle")  # fmt: skip
 
 
 class Cell(NamedTuple):

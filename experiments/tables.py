@@ -84,7 +84,7 @@ def benchmark(path: Path) -> str:
 
 
 FOLLOWED = ("random", "margin", "entropy", "bald", "power_bald", "sampled_bald", "batch_bald", "badge", "typical",
-            "typiclust", "max_herding", "k_center", "oracle")  # fmt: skip
+            "typiclust", "max_herding", "uncertain_herding", "k_center", "oracle")  # fmt: skip
 
 
 def strategy_places() -> dict[tuple[str, str], dict]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from metaal_jax import acquisition
+from metaal_jax import acquisition, models, policies
 from metaal_jax.acquisition import diversity, gradient_embedding
 from metaal_jax.acquisition.clustering import draw
 from views import make_view, probabilities, run
@@ -105,25 +105,74 @@ def test_k_medoids_builds_greedily_and_then_exchanges(key):
     assert better >= 1
 
 
-HERDING = {width: run(acquisition.max_herding(k=K, bandwidth=width)) for width in (None, 0.5)}
+def uncertain(probs):
+    second, first = np.sort(probs, axis=-1).T[-2:]
+    return 1 - (first - second)
+
+
+def entropy(probs):
+    return -(probs * np.log(probs)).sum(-1)
+
+
+HERDING = {  # rule, its bandwidth (None for the default), what anchors weigh: probabilities [r, c] -> [r]; temperature
+    "max": (run(acquisition.max_herding(k=K)), None, None, 1),
+    "max, bandwidth": (run(acquisition.max_herding(k=K, bandwidth=0.5)), 0.5, None, 1),
+    "uncertain": (run(acquisition.uncertain_herding(k=K)), None, uncertain, 1),
+    "uncertain, entropy": (
+        run(acquisition.uncertain_herding(k=K, bandwidth=0.5, uncertainty="entropy", temperature=3.0)), 0.5, entropy, 3
+    ),
+    "uncertain, shrink": (run(acquisition.uncertain_herding(k=K, shrink=True)), "shrink", uncertain, 1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", VIEWS)
-@pytest.mark.parametrize("width", HERDING)
-def test_max_herding_raises_the_largest_kernel_value(key, name, width):
-    view = VIEWS[name]()
-    z, real, _ = plain(view, unit=True)
-    decision, square = HERDING[width](key, view), distances(z[real], z) ** 2
-    if width is None:
+@pytest.mark.parametrize("rule", HERDING)
+def test_herding_raises_the_largest_kernel_value(key, name, rule):
+    view, (herding, width, weigh, temperature) = VIEWS[name](), HERDING[rule]
+    z, real, labelled = plain(view, unit=True)
+    square, weight = distances(z[real], z) ** 2, np.ones(real.sum())
+    if width == "shrink" and labelled:
+        width = min(np.linalg.norm(z[i] - z[j]) for i, j in itertools.combinations(labelled, 2))
+    elif width in (None, "shrink"):
         inner = [np.quantile(np.delete(row, i), 0.1, method="lower") for i, row in enumerate(square[:, real])]
         width = np.sqrt(np.quantile(inner, 0.5, method="lower"))
+    if weigh is not None and labelled:
+        logits = np.asarray(view.prediction.logits, np.float64)
+        weight = weigh(probabilities(logits / temperature).mean(0)[real])
     kernel = np.exp(-square / width**2)
 
     def gain(chosen):
         covered = kernel[:, chosen].max(1, initial=0.0)
-        return np.maximum(kernel - covered[:, None], 0).sum(0)
+        return weight @ np.maximum(kernel - covered[:, None], 0)
 
-    check_greedy(view, decision, gain)
+    check_greedy(view, herding(key, view), gain)
+
+
+def test_uncertain_herding_is_max_herding_where_all_is_uncertain_alike(key):
+    labelled = VIEWS["labelled"]()
+    alike = labelled._replace(prediction=labelled.prediction._replace(logits=jnp.zeros((3, 30, 4))))
+    for view in (VIEWS["cold"](), alike):
+        one, other = (HERDING[rule][0](key, view) for rule in ("uncertain", "max"))
+        np.testing.assert_array_equal(one.index, other.index)
+        np.testing.assert_array_equal(one.scores, other.scores)
+
+
+def test_uncertain_herding_is_where_learned_policies_start(key):
+    start = policies.learned(models.LinearNetwork(prior=policies.prior(uncertain_cover=1.0)), k=K)
+    untrained = run(policies.fixed(start, start.init(key)))
+    for seed in range(4):
+        view = VIEWS["labelled"]()._replace(prediction=make_view(seed, 30).prediction)
+        herding, plain_herding = (HERDING[rule][0](key, view).index.tolist() for rule in ("uncertain", "max"))
+        assert untrained(key, view).index.tolist() == herding != plain_herding
+
+
+@pytest.mark.parametrize("labelled", [(3,), (3, 5)])
+def test_one_labelled_row_and_its_copy_have_no_distance_to_shrink_to(key, labelled):
+    view = pool(2, labelled=labelled)
+    embedding = view.prediction.embedding
+    view = view._replace(prediction=view.prediction._replace(embedding=embedding.at[:, 5].set(embedding[:, 3])))
+    wide, narrow = (HERDING[rule][0](key, view) for rule in ("uncertain", "uncertain, shrink"))
+    np.testing.assert_array_equal(narrow.scores, wide.scores)
 
 
 COVER = run(acquisition.prob_cover(k=K, radius=0.6))
@@ -286,6 +335,12 @@ def test_arguments_are_checked():
         "prob_cover: give a radius or at least 2 classes": lambda: acquisition.prob_cover(k=1),
         "prob_cover: purity": lambda: acquisition.prob_cover(k=1, classes=3, purity=1.0),
         "max_herding: bandwidth": lambda: acquisition.max_herding(k=1, bandwidth=-1.0),
+        "uncertain_herding: anchors must be at least 1": lambda: acquisition.uncertain_herding(k=1, anchors=0),
+        "uncertain_herding: bandwidth": lambda: acquisition.uncertain_herding(k=1, bandwidth=0.0),
+        "uncertain_herding: temperature must be positive": lambda: acquisition.uncertain_herding(k=1, temperature=0.0),
+        "uncertain_herding: uncertainty must be one of .*, got 'bald'": lambda: acquisition.uncertain_herding(
+            k=1, uncertainty="bald"
+        ),
         "badge: k": lambda: acquisition.badge(k=0),
         "density_weighted: beta": lambda: acquisition.density_weighted(acquisition.entropy, beta=-1.0),
         "discriminative: ridge": lambda: acquisition.discriminative(k=1, ridge=0.0),

@@ -107,6 +107,7 @@ def test_rules_for_classes_refuse_targets(key):
         "batch_bald": acquisition.batch_bald(k=K),
         "badge": acquisition.badge(k=K),
         "class_balanced": acquisition.class_balanced(acquisition.random, k=K),
+        "uncertain_herding": acquisition.uncertain_herding(k=K),
     }
     for name, rule in rules.items():
         with pytest.raises(ValueError, match=f"{name}: needs class probabilities"):

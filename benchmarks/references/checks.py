@@ -79,9 +79,9 @@ def _mean_typicality(pool: Pool, picks: np.ndarray) -> float:
     return float(typicality(z[picks], _some(z)).mean())
 
 
-def _herding(pool: Pool, picks: np.ndarray) -> float:
+def _covered(pool: Pool, picks: np.ndarray) -> np.ndarray:
     z = unit_rows(pool.embedding)
-    return float(kernel(z[np.concatenate([picks, pool.labelled])], _some(z)).max(0).mean())
+    return kernel(z[np.concatenate([picks, pool.labelled])], _some(z)).max(0)
 
 
 # What picks are worth where chance has a part in them, larger being better, never negative.
@@ -89,8 +89,9 @@ VALUES: dict[str, Callable[[Pool, np.ndarray], float]] = {
     "cluster_margin": lambda pool, picks: float(1 + margin(pool)[picks].mean()),
     "k_means": lambda pool, picks: float(1 / _to_nearest(pool, picks).mean()),
     "k_medoids": lambda pool, picks: float(1 / _to_nearest(pool, picks).mean()),
-    "max_herding": _herding,
+    "max_herding": lambda pool, picks: float(_covered(pool, picks).mean()),
     "prob_cover": lambda pool, picks: float((_to_nearest(pool, picks, unit=True) < pure_radius(pool)).mean()),
     "typical": _mean_typicality,
     "typiclust": _mean_typicality,
+    "uncertain_herding": lambda pool, picks: float((_covered(pool, picks) * _some(1 + margin(pool))).mean()),
 }

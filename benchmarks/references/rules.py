@@ -248,6 +248,11 @@ def max_herding(pool: Pool) -> np.ndarray:
     return cover_greedily(pool, kernel(z, random_rows(z)))
 
 
+def uncertain_herding(pool: Pool) -> np.ndarray:
+    z = unit_rows(pool.embedding)
+    return cover_greedily(pool, kernel(z, random_rows(z)) * random_rows(1 + margin(pool)))
+
+
 def pure_radius(pool: Pool) -> float:
     """The largest radius at which 95 % of the anchors' balls hold rows of one cluster of k-means only."""
     z = unit_rows(pool.embedding)
@@ -310,4 +315,5 @@ RULES: dict[str, Callable[[Pool], np.ndarray]] = {
     "prob_cover": prob_cover,
     "typical": typical,
     "typiclust": typiclust,
+    "uncertain_herding": uncertain_herding,
 }

@@ -16,7 +16,7 @@ from metaal_jax.acquisition.combinators import (
     switch_at,
     with_learner,
 )
-from metaal_jax.acquisition.coverage import k_medoids, max_herding, prob_cover
+from metaal_jax.acquisition.coverage import k_medoids, max_herding, prob_cover, uncertain_herding
 from metaal_jax.acquisition.density import density, density_weighted, discriminative
 from metaal_jax.acquisition.disagreement import (
     bald,
@@ -115,6 +115,7 @@ __all__ = [
     "top_k",
     "typical",
     "typiclust",
+    "uncertain_herding",
     "variation_ratio",
     "vote_entropy",
     "with_learner",

@@ -1,14 +1,19 @@
 """Rules that cover the pool: each pick adds the most to what the labelled and picked rows stand for."""
 
+from typing import Literal, get_args
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.acquisition.clustering import lloyd
-from metaal_jax.acquisition.diversity import centred, directions, stand_ins
+from metaal_jax.acquisition.diversity import ROUNDING, centred, directions, stand_ins
 from metaal_jax.acquisition.lifts import fixed_rule, pick_in_turn
-from metaal_jax.base import Decision, Policy, PoolView, PyTree, require
+from metaal_jax.acquisition.uncertainty import entropy, margin, tempered
+from metaal_jax.base import Decision, Policy, PoolView, PyTree, require, require_classes
 from metaal_jax.rows import row_noise, squared_distances
+
+Uncertainty = Literal["margin", "entropy"]
 
 
 def cover_greedily(key: Array, view: PoolView, k: int, similarity: Array, covered: Array, found: Array) -> Decision:
@@ -235,20 +240,106 @@ def max_herding(*, k: int, anchors: int = 1000, bandwidth: float | Array | None 
 
     Reference: Bae, Noh, Sutherland: Generalized Coverage for More Robust Low-Budget Active Learning, 2024.
     """
-    for name, value in (("k", k), ("anchors", anchors)):
-        require(value >= 1, f"max_herding: {name} must be at least 1, got {value}")
-    require(bandwidth is None or bandwidth > 0, f"max_herding: bandwidth must be positive, got {bandwidth}")
+    _check_herding("max_herding", k, anchors, bandwidth)
 
     def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
-        anchor_key, pick_key = jax.random.split(key)
-        embedding = directions(view)
-        anchor, found = stand_ins(anchor_key, view, anchors)
-        width = squared_width(embedding[anchor], found) if bandwidth is None else jnp.float32(bandwidth) ** 2
-        kernel = jnp.exp(-squared_distances(embedding[anchor], embedding) / width)
-        covered = jnp.where(view.labelled_index[None] >= 0, kernel[:, view.labelled_index], 0.0).max(-1, initial=0.0)
-        return cover_greedily(pick_key, view, k, kernel, covered, found)
+        return _herd(key, view, k, anchors, bandwidth, jnp.ones(view.row.shape))
 
     return fixed_rule(act, embedding=True)
+
+
+def uncertain_herding(
+    *,
+    k: int,
+    anchors: int = 1000,
+    bandwidth: float | Array | None = None,
+    uncertainty: Uncertainty = "margin",
+    temperature: float | Array = 1.0,
+    shrink: bool = False,
+) -> Policy:
+    """Uncertainty herding: `max_herding` in which each anchor counts by how uncertain the model is of it.
+
+    The next row is `argmax_i sum_j w_j max(K_ij - covered_j, 0)`, with anchors `j`, kernel and coverage as in
+    `max_herding`. `w_j` is 1 less the difference of the two largest probabilities of the members' consensus, or its
+    entropy; it stays the same while a batch is picked. Before any label all anchors count alike, and the rule is
+    `max_herding`; where the model is sure of every anchor, picks are random.
+
+    The paper chooses the temperature in every round, by calibration on labels set aside, and the bandwidth by the
+    labelled rows; here the temperature is given, and the bandwidth is that of `max_herding` unless it should `shrink`.
+
+    At the defaults this is `policies.learned(models.LinearNetwork(prior=policies.prior(uncertain_cover=1.0)), k=k)`
+    without training, save that learned policies keep the anchors and the embedding with which the run began, weigh
+    anchors before the first label too, and look at a shortlist of a large pool.
+
+    Args:
+      k: rows a round.
+      anchors: how many random real rows stand for the pool, which keeps the cost linear in its size.
+      bandwidth: `s` of the kernel, in units of distance; may be traced. None as in `max_herding`.
+      uncertainty: what anchors count by, "margin" or "entropy".
+      temperature: logits are divided by it before anchors are weighed: above 1 for an overconfident model, see
+        `tempered`; may be traced.
+      shrink: as soon as two labelled rows differ, take the smallest distance between two that do for `s`, in place of
+        `bandwidth`. With many labels the kernel gets narrow, and the rule picks the most uncertain rows.
+
+    Returns:
+      A `Policy`; a decision's scores are the gains. It holds `[anchors, n]`.
+
+    Raises:
+      ValueError: for numbers that are not positive, or another `uncertainty`; in `act` for targets that are no classes.
+
+    Reference: Bae, Oliveira, Sutherland: Uncertainty Herding: One Active Learning Method for All Label Budgets, 2025.
+    """
+    _check_herding("uncertain_herding", k, anchors, bandwidth)
+    if uncertainty not in get_args(Uncertainty):
+        raise ValueError(f"uncertain_herding: uncertainty must be one of {get_args(Uncertainty)}, got {uncertainty!r}")
+    require(temperature > 0, f"uncertain_herding: temperature must be positive, got {temperature}")
+    scorer = tempered(margin if uncertainty == "margin" else entropy, temperature=temperature)
+    # What a row scores that the model is sure of: margins come with a minus sign.
+    sure = -1.0 if uncertainty == "margin" else 0.0
+
+    def act(key: Array, policy_state: PyTree, view: PoolView) -> Decision:
+        require_classes("uncertain_herding", view)
+        interest = jnp.where((view.labelled_index >= 0).any(), scorer(key, view) - sure, 1.0)
+        return _herd(key, view, k, anchors, bandwidth, interest, shrink=shrink)
+
+    return fixed_rule(act, logits=True, embedding=True)
+
+
+def _check_herding(rule: str, k: int, anchors: int, bandwidth: float | Array | None) -> None:
+    for name, value in (("k", k), ("anchors", anchors)):
+        require(value >= 1, f"{rule}: {name} must be at least 1, got {value}")
+    require(bandwidth is None or bandwidth > 0, f"{rule}: bandwidth must be positive, got {bandwidth}")
+
+
+def _herd(
+    key: Array,
+    view: PoolView,
+    k: int,
+    anchors: int,
+    bandwidth: float | Array | None,
+    interest: Array,
+    *,
+    shrink: bool = False,
+) -> Decision:
+    """Max herding on anchors that count by their `interest` `[n]`, which is not negative."""
+    anchor_key, pick_key = jax.random.split(key)
+    embedding = directions(view)
+    anchor, found = stand_ins(anchor_key, view, anchors)
+    width = squared_width(embedding[anchor], found) if bandwidth is None else jnp.float32(bandwidth) ** 2
+    if shrink:
+        smallest = _smallest_distance(embedding[view.labelled_index], view.labelled_index >= 0)
+        width = jnp.where(jnp.isfinite(smallest), smallest, width)
+    # To weigh an anchor's similarities is to weigh its gains.
+    kernel = interest[anchor][:, None] * jnp.exp(-squared_distances(embedding[anchor], embedding) / width)
+    covered = jnp.where(view.labelled_index[None] >= 0, kernel[:, view.labelled_index], 0.0).max(-1, initial=0.0)
+    return cover_greedily(pick_key, view, k, kernel, covered, found)
+
+
+def _smallest_distance(rows: Array, present: Array) -> Array:
+    """The smallest squared distance other than 0 between two of the present rows, `[]`; inf where there is none."""
+    square, distance = (rows**2).sum(-1), squared_distances(rows, rows)
+    apart = present[:, None] & present[None] & (distance > ROUNDING * (square[:, None] + square[None]))
+    return jnp.where(apart, distance, jnp.inf).min(initial=jnp.inf)
 
 
 def squared_width(rows: Array, found: Array) -> Array:

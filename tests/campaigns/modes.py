@@ -26,7 +26,7 @@ MODES = {
 }
 # Which tests of a file, as for pytest's -k. A row that chooses none is a failure: it says nothing.
 ROWS = {
-    "strategies": "keep_the_contract and (margin or badge or bald or typical or max_herding)",
+    "strategies": "keep_the_contract and (margin or badge or bald or typical or herding)",
     "learners": "test_contract and (maml or fine_tune or committee or laplace)",
     "meta_learners": "test_contract and (implicit_maml or r2d2 or metaoptnet or protonet or meta_sgd)",
     "semi_supervised": "test_contract_with_a_pool",
