@@ -316,7 +316,7 @@ def main() -> None:
     config = harness.options(Config, __doc__)
     if config.quick:
         config = Config(",".join(FEW) if config.rules == "all" else config.rules, 2000, 10, 5, 500, (500, 20, 64),
-                        (300, 10, 6, 1000), 200, 1, quick=True, out=config.out)  # fmt: skip
+                        (300, 10, 6, 1000), 200, repeats=1, quick=True, out=config.out)  # fmt: skip
     # One device with all cores: the other side's products take all of them, too.
     harness.start(cores_as_devices=False)
     begin = time.perf_counter()
