@@ -8,19 +8,19 @@ import ctypes
 import dataclasses
 import gc
 import importlib.metadata
-import json
 import os
 import platform
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+
+from metaal_jax.studies.results import write_results
+from metaal_jax.studies.usage import command
 
 NO_TORCH = "PyTorch is not installed, so only the JAX part runs; install it with: pip install -e '.[bench]'"
 C = TypeVar("C")
@@ -228,14 +228,8 @@ def write(path: Path, *, seconds: float, config: Any, found: list[dict]) -> None
     """One small JSON file in the form shared by all results, one line a row."""
     settings = dataclasses.asdict(config)
     settings.pop("out", None)
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    head = {"command": command, "date": date.today().isoformat(), **environment(), "seconds": round(seconds, 1),
-            "config": settings}  # fmt: skip
-    parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
-    parts.append('"rows": [\n  ' + ",\n  ".join(json.dumps(row) for row in found) + "\n ]")
-    parts.append('"paired": []')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{" + ",\n ".join(parts) + "}\n")
+    write_results(path, command=command(), environment=environment(), seconds=seconds, config=settings, rows=found,
+                  paired=[])  # fmt: skip
     print(f"written: {path}")
 
 

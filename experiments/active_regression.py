@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from metaal_jax import acquisition, active_learner, learners, losses, metrics, models, tasks
 from metaal_jax.base import Learner, Policy, Problem
-from paired import holm, numbers, paired_p, shown_plain
-from report import write_results
-from runs import UsageError, arguments, command, environment, main
+from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.statistics import holm, numbers, paired_p, shown_plain
+from metaal_jax.studies.usage import UsageError, arguments, command, main
 
 FILES = {"abalone": "abalone.csv", "red wine": "winequality-red.csv"}
 SETS = ("diabetes", *FILES)

@@ -28,7 +28,10 @@ import meta_active
 from forms import embedded_forms, kinds_of, main_job
 from metaal_jax.base import PyTree
 from metaal_jax.metrics import interval
-from paired import numbers, shown
+from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.statistics import numbers, shown
+from metaal_jax.studies.usage import UsageError, arguments, command, main, names
 from policy_training import (
     BASELINE,
     TRAINED,
@@ -41,8 +44,6 @@ from policy_training import (
     make_trainers,
     train,
 )
-from report import write_results
-from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
 from strategies import main_config
 
 WHAT = {"ways": "the ways to train", "joint": "learner, policy, or both, by gradients"}

@@ -29,12 +29,14 @@ import tyro
 import meta_active
 import strategies
 from metaal_jax import policies
-from metaal_jax.metrics import interval
+from metaal_jax.metrics import interval, labels_to_reach
 from metaal_jax.policies import features
-from paired import finite, holm, labels_to, numbers, paired_p, shown
+from metaal_jax.studies.files import write
+from metaal_jax.studies.folder import RunFolder
+from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.statistics import finite, holm, numbers, paired_p, shown
+from metaal_jax.studies.usage import UsageError, arguments, command, main, names
 from registry import ADAPTIVE, LEARNED, STRATEGIES
-from report import write_results
-from runs import RunFolder, UsageError, arguments, command, environment, main, names, write
 from strategy_report import Cell, Table, share_picture, win_picture, wins
 
 # What a run was of may grow and shrink: a cell depends on its own strategy alone.
@@ -241,7 +243,7 @@ def compare(
                                     for rule, share in zip(rules_followed(name), shares, strict=True))  # fmt: skip
             needed = {}
             for goal in (0.8, 0.9):
-                needed[goal] = np.median(labels_to(labels, accuracy, goal))
+                needed[goal] = np.median(labels_to_reach(labels, accuracy, goal))
                 rows.append({"strategy": name, **where, "metric": f"labels_to_{round(100 * goal)}",
                              "labels": config.budget,
                              "median": finite(needed[goal])})  # fmt: skip

@@ -50,8 +50,9 @@ from metaal_jax.base import Learner
 from metaal_jax.losses import accuracy
 from metaal_jax.metrics import interval
 from metaal_jax.outer import outer_loop
-from report import write_results
-from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
+from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.usage import UsageError, arguments, command, main, names
 
 # Bertinetto et al.'s split of CIFAR-100, by the classes' numbers (beaver, beetle, ...; baby, bed, ...).
 CIFAR_FS = {

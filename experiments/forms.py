@@ -13,7 +13,8 @@ from tqdm import tqdm
 from arms import make_embed, make_model, standardised, without_head
 from metaal_jax import tasks
 from metaal_jax.base import Problem, PyTree
-from runs import RunFolder, UsageError
+from metaal_jax.studies.folder import RunFolder
+from metaal_jax.studies.usage import UsageError
 from strategies import main_config, main_network
 
 MADE_OF = {

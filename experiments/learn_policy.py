@@ -33,7 +33,10 @@ import meta_active
 from forms import MADE_OF, embedded_forms, kinds_of, main_job, strengths_of
 from metaal_jax import policies
 from metaal_jax.metrics import interval
-from paired import numbers, shown
+from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.statistics import numbers, shown
+from metaal_jax.studies.usage import UsageError, arguments, command, main, names
 from policy_training import (
     BASELINE,
     LEARNERS,
@@ -50,8 +53,6 @@ from policy_training import (
     rules_of,
     train,
 )
-from report import write_results
-from runs import RunFolder, UsageError, arguments, command, environment, main, names, round_to
 from strategies import main_config
 
 # A run may go on for longer: what is there stays as it is.

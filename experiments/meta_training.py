@@ -18,7 +18,8 @@ from meta_learners import OWN_HEAD, make_meta_learner
 from metaal_jax import checkpoint, tasks
 from metaal_jax.base import PyTree
 from metaal_jax.outer import MetaState, OuterLoop, outer_loop
-from runs import RunFolder, UsageError, round_to
+from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.usage import UsageError
 
 
 def draw_shapes(key: jax.Array, images: np.ndarray, classes: int, label: str) -> tasks.ClassData:

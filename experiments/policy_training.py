@@ -22,8 +22,9 @@ from metaal_jax import checkpoint, learners, models, policies
 from metaal_jax.base import Batch, Learner, Policy, PyTree
 from metaal_jax.policies import features
 from metaal_jax.policies.episodes import episode
+from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.usage import UsageError, names
 from registry import ALIASES, STRATEGIES, Need, find, make_policy, strategy_names
-from runs import RunFolder, UsageError, names, round_to
 from strategies import linear_learners
 
 BASELINE = "max_herding"

@@ -9,7 +9,7 @@ from jax import Array
 
 from metaal_jax import acquisition, policies
 from metaal_jax.base import Learner, Policy, Problem, PyTree
-from runs import UsageError, names
+from metaal_jax.studies.usage import UsageError, names
 
 CANDIDATES = 200
 LEARNED = "learned:"

@@ -1,14 +1,11 @@
-"""Tables, pictures and result files of learning curves."""
+"""Tables, pictures and result rows of learning curves."""
 
-import json
-from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from metaal_jax.metrics import interval
-from paired import finite, labels_to, numbers
+from metaal_jax.metrics import interval, labels_to_reach
+from metaal_jax.studies.statistics import finite, numbers
 
 
 class Study:
@@ -36,7 +33,7 @@ class Study:
 
     def labels_to(self, arm: tuple[str, str], target: float) -> np.ndarray:
         """Labels at which each seed's curve reaches a target accuracy, infinity where it does not."""
-        return labels_to(self.labels, self.curves[arm]["accuracy"], target)
+        return np.asarray(labels_to_reach(self.labels, self.curves[arm]["accuracy"], target))
 
 
 def shown_labels(labels) -> list[int]:
@@ -109,30 +106,6 @@ def result_rows(study: Study, *, source: str, target: str) -> list[dict]:
                          "median": finite(np.median(needed)), "reached": int(np.isfinite(needed).sum()),
                          "seeds": len(needed)})  # fmt: skip
     return rows
-
-
-def write_results(path: Path, *, command: str, environment: dict, seconds: float, config: dict, rows, paired) -> None:
-    """One small JSON file in the form shared by all results, one line a row; `null` for what is not finite.
-
-    The interval of a single seed is infinite, and JSON has no word for that.
-    """
-    head = {"command": command, "date": date.today().isoformat(), **environment, "seconds": round(seconds, 1),
-            "config": config}  # fmt: skip
-    parts = [f"{json.dumps(name)}: {json.dumps(_plain(value), allow_nan=False)}" for name, value in head.items()]
-    for name, values in (("rows", rows), ("paired", paired)):
-        body = ",\n  ".join(json.dumps(_plain(value), allow_nan=False) for value in values)
-        parts.append(f"{json.dumps(name)}: [\n  {body}\n ]")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("{" + ",\n ".join(parts) + "}\n")
-
-
-def _plain(value: Any) -> Any:
-    """What JSON holds, with None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return finite(value) if isinstance(value, float) else value
 
 
 def picture(study: Study, path: Path, title: str) -> None:

@@ -27,9 +27,9 @@ from tabulate import tabulate
 
 from metaal_jax import learners, losses, models, outer_loop, tasks
 from metaal_jax.base import PyTree
-from paired import numbers, shown_plain
-from report import write_results
-from runs import arguments, command, environment, main
+from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.statistics import numbers, shown_plain
+from metaal_jax.studies.usage import arguments, command, main
 
 FORM = {"loss": losses.squared_error, "score": losses.squared_error}
 LEARNERS = ("maml", "pretrained", "scratch")

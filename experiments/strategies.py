@@ -39,9 +39,10 @@ from metaal_jax.base import Learner, Problem, PyTree
 from metaal_jax.loop import active_learner
 from metaal_jax.metrics import Score
 from metaal_jax.policies.selector import SelectorState
+from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.processes import side_by_side
+from metaal_jax.studies.usage import UsageError, arguments, main, names
 from registry import ALIASES, CANDIDATES, STRATEGIES, Need, find, listing, make_policy, strategy_names
-from runs import RunFolder, UsageError, arguments, main, names, round_to
-from side_by_side import side_by_side
 from strategy_report import Cell, report
 
 CONDITIONS: dict[str, dict[str, float]] = {

@@ -4,11 +4,12 @@
 `benchmarks/results/README.md` and `docs/regression.md`, which hold all others.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from tabulate import tabulate
+
+from metaal_jax.studies.results import read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = (10, 20, 30, 50, 100)
@@ -16,7 +17,7 @@ LABELS = (10, 20, 30, 50, 100)
 
 def main_job(path: Path) -> str:
     """Accuracy of every arm of one run of the main job, and its paired differences to training from scratch."""
-    result = json.loads(path.read_text())
+    result = read_results(path)
     rows = {(r["learner"], r["strategy"], r["metric"], r["labels"]): r for r in result["rows"]}
     most = max(r["labels"] for r in result["rows"])
     arms = list(dict.fromkeys((r["learner"], r["strategy"]) for r in result["rows"]))
@@ -50,7 +51,7 @@ def main_job(path: Path) -> str:
 
 def learners(path: Path) -> str:
     """Accuracy of every learner of one run of the main job, from no label on."""
-    result = json.loads(path.read_text())
+    result = read_results(path)
     rows = {(r["learner"], r["metric"], r["labels"]): r for r in result["rows"]}
     most = max(r["labels"] for r in result["rows"])
     shown = [n for n in (10, 15, 20, 30, 50, 60, 100, 200) if any(key[1:] == ("accuracy", n) for key in rows)]
@@ -71,7 +72,7 @@ def learners(path: Path) -> str:
 
 def benchmark(path: Path) -> str:
     """Speeds and ratios of one benchmark: medians and quartiles."""
-    result = json.loads(path.read_text())
+    result = read_results(path)
     lines = []
     for row in result["rows"]:
         against = f"{row['name']} : {row['compared_with']}" if row["metric"] == "ratio" else row["name"]
@@ -91,7 +92,7 @@ def strategy_places() -> dict[tuple[str, str], dict]:
     """The comparison of strategies: results by embedding and condition."""
     found = {}
     for path in sorted((ROOT / "experiments/results/strategies").glob("*-*.json")):
-        result = json.loads(path.read_text())
+        result = read_results(path)
         found[tuple(path.stem.split("-"))] = {
             (r["strategy"], r["batch"], r["metric"], r["labels"]): r for r in result["rows"]
         }
@@ -113,7 +114,7 @@ def strategy_areas(places: dict, batch: int, labels: int, names: tuple[str, ...]
 
 def strategy_ranks(most: int | None = None) -> str:
     """Mean ranks, best first by the rank on the meta-learned embedding at the larger number of labels."""
-    result = json.loads((ROOT / "experiments/results/strategies/summary.json").read_text())
+    result = read_results(ROOT / "experiments/results/strategies/summary.json")
     ranks = {(r["strategy"], r["learner"], r["labels"]): r for r in result["rows"] if r["metric"] == "mean_rank"}
     columns = sorted({(e, n) for _, e, n in ranks}, key=lambda c: (c[1], c[0]))
     first = ("meta", max(n for _, n in columns)) if ("meta", max(n for _, n in columns)) in columns else columns[-1]
@@ -128,14 +129,14 @@ def strategy_ranks(most: int | None = None) -> str:
 
 def strategy_caption() -> str:
     """The command behind the comparison of strategies."""
-    result = json.loads((ROOT / "experiments/results/strategies/summary.json").read_text())
+    result = read_results(ROOT / "experiments/results/strategies/summary.json")
     seeds, minutes = result["config"]["seeds"], result["seconds"] / 60
     return f"`{result['command']}` ({result['device']}, {minutes:.0f} minutes, {seeds} seeds)"
 
 
 def fully_adapted() -> str:
     """The best strategies with full adaptation."""
-    result = json.loads((ROOT / "experiments/results/strategies/summary.json").read_text())
+    result = read_results(ROOT / "experiments/results/strategies/summary.json")
     rows = {(r["strategy"], r["metric"], r["labels"]): r for r in result["rows"] if r["learner"] == "maml"}
     shown = sorted({n for _, metric, n in rows if metric == "accuracy"})
     most = max(n for _, metric, n in rows if metric == "area")
@@ -151,7 +152,7 @@ def few_shot(paths: list[Path]) -> str:
     """Few-shot accuracies: one line a run, the paper's figure beside ours."""
     lines = []
     for path in paths:
-        result = json.loads(path.read_text())
+        result = read_results(path)
         rows = {row["metric"]: row for row in result["rows"]}
         cell = lambda r: f"{100 * r['mean']:.2f} ± {50 * (r['high'] - r['low']):.2f}" if r else "–"  # noqa: E731
         row = result["rows"][0]
@@ -171,7 +172,7 @@ def few_shot_results() -> list[Path]:
 
 def policy_training(path: Path) -> str:
     """What a policy reached on held-out problems of its source, and less rules on the same problems, by their kind."""
-    result = json.loads(path.read_text())
+    result = read_results(path)
     kind_of = lambda row: (row["ways"], row["pool"], row["labels"], row["batch"])  # noqa: E731
     rows = {(kind_of(row), row["strategy"]): row for row in result["rows"] if row["metric"] == "area"}
     paired = {(kind_of(pair), pair["b"]["strategy"]): pair for pair in result["paired"]}
@@ -189,7 +190,7 @@ def policy_training(path: Path) -> str:
 
 def policy_targets(path: Path, most: int | None = None) -> str:
     """Trained policies on many targets: mean ranks, areas and differences, and each target's best rule."""
-    result = json.loads(path.read_text())
+    result = read_results(path)
     area = {(r["target"], r["strategy"]): r for r in result["rows"] if r["metric"] == "area" and r["target"] != "all"}
     problems = {r["target"]: r for r in result["rows"] if r["metric"] == "problem"}
     parts = []
@@ -223,7 +224,7 @@ def policy_targets(path: Path, most: int | None = None) -> str:
 
 def policy_evaluation(path: Path, most: int | None = None) -> str:
     """A trained policy beside rules on a new task: the best `most` of them and a few that texts name."""
-    result = json.loads(path.read_text())
+    result = read_results(path)
     parts = []
     for batch in sorted({row["batch"] for row in result["rows"]}):
         found = {(r["strategy"], r["metric"]): r for r in result["rows"] if r["batch"] == batch}
@@ -249,7 +250,7 @@ def policy_evaluation(path: Path, most: int | None = None) -> str:
 
 def policy_trainings(path: Path) -> str:
     """Policies by the way they were trained, or with learners that were: areas, and what the best has more."""
-    result = json.loads(path.read_text())
+    result = read_results(path)
     who = lambda row: (row["strategy"], row["learner"])  # noqa: E731
     rows = sorted((row for row in result["rows"] if row["metric"] == "area"), key=lambda row: -row["mean"])
     paired = {who(p["b"]): p for p in result["paired"] if who(p["a"]) == who(rows[0])}
@@ -293,7 +294,7 @@ def _caption(result: dict, cases: str) -> str:
 
 def sinusoids(path: Path) -> str:
     """Mean squared error on sinusoids after fine-tuning, by points and steps."""
-    result = json.loads(path.read_text())
+    result = read_results(path)
     rows = {(r["labels"], r["steps"], r["learner"]): r for r in result["rows"]}
     names = list(dict.fromkeys(key[2] for key in rows))
     cells = dict.fromkeys(key[:2] for key in rows)
@@ -304,7 +305,7 @@ def sinusoids(path: Path) -> str:
 
 def active_regression(path: Path) -> str:
     """Area under the curve of the root mean squared error of every strategy, less random's."""
-    result = json.loads(path.read_text())
+    result = read_results(path)
     paired = {(p["target"], p["a"]["strategy"]): p for p in result["paired"]}
     lines = []
     for row in (r for r in result["rows"] if r["metric"] == "rmse_area"):

@@ -28,8 +28,8 @@ from metaal_jax import data, learners, models, tasks
 from metaal_jax.base import Batch
 from metaal_jax.loop import evaluate
 from metaal_jax.metrics import interval
-from report import write_results
-from runs import UsageError, command, environment, main
+from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.usage import UsageError, command, main
 
 
 @dataclass(frozen=True)

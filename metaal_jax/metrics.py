@@ -159,8 +159,10 @@ def area_under_curve(accuracy: Array) -> Array:
     return accuracy.mean(-1)
 
 
-def labels_to_reach(labels: Array, accuracy: Array, target: float) -> Array:
+def labels_to_reach(labels: ArrayLike, accuracy: ArrayLike, target: float) -> Array:
     """The first number of labels at which a curve reaches `target`; infinity where it never does.
+
+    An accuracy that is NaN reaches nothing.
 
     Args:
       labels: `[rounds]`.
@@ -169,10 +171,20 @@ def labels_to_reach(labels: Array, accuracy: Array, target: float) -> Array:
 
     Returns:
       float32 `[...]`.
+
+    Raises:
+      ValueError: without curves or rounds, for curves of another length than `labels`, or a target that is no share.
     """
+    labels, accuracy = jnp.asarray(labels, jnp.float32), jnp.asarray(accuracy)
+    if not accuracy.size or labels.shape != accuracy.shape[-1:]:
+        raise ValueError(
+            f"labels_to_reach: accuracy must be [..., rounds] for labels [rounds], got the shapes {accuracy.shape} and "
+            f"{labels.shape}"
+        )
+    if not 0 <= target <= 1:
+        raise ValueError(f"labels_to_reach: target must be an accuracy from 0 to 1, got {target}")
     reached = accuracy >= target
-    first = jnp.asarray(labels, jnp.float32)[reached.argmax(-1)]
-    return jnp.where(reached.any(-1), first, jnp.inf)
+    return jnp.where(reached.any(-1), labels[reached.argmax(-1)], jnp.inf)
 
 
 class Interval(NamedTuple):

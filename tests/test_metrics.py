@@ -107,6 +107,19 @@ def test_area_and_labels_to_reach():
     np.testing.assert_allclose(metrics.area_under_curve(accuracy), [0.575, 0.25, 0.3], rtol=1e-6)
     assert metrics.labels_to_reach(labels, accuracy, 0.5).tolist() == [10, np.inf, 5]
     assert metrics.labels_to_reach(labels, accuracy[0], 0.9) == 15  # reaching is enough
+    assert jax.jit(lambda a: metrics.labels_to_reach(labels, a, 0.5))(accuracy[:, None]).tolist() == [
+        [10],
+        [np.inf],
+        [5],
+    ]
+    holes = np.asarray([[0.1, np.nan, 0.6, 0.0], [np.nan] * 4, [0.5, 0.0, 0.0, 0.0]])
+    assert metrics.labels_to_reach(labels, holes, 0.5).tolist() == [15, np.inf, 5]
+    for wrong in ((labels[:2], accuracy, 0.5), (labels, accuracy[:0], 0.5), (labels[:0], accuracy[:, :0], 0.5)):
+        with pytest.raises(ValueError, match=r"accuracy must be \[..., rounds\]"):
+            metrics.labels_to_reach(*wrong)
+    for target in (np.nan, 90, -0.1):
+        with pytest.raises(ValueError, match="an accuracy from 0 to 1"):
+            metrics.labels_to_reach(labels, accuracy, target)
 
 
 def test_interval_against_scipy():

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from metaal_jax.studies.usage import UsageError
+
 EXPERIMENTS = str(Path(__file__).resolve().parent.parent / "experiments")
 
 
@@ -45,7 +47,7 @@ def test_active_regression(script, tmp_path, monkeypatch, capsys):
     assert len(area) == 6
     assert len(set(area.values())) == 6  # every rule takes other rows
     assert all(0.3 < value < 3 for value in area.values())  # in standard deviations of the target
-    with pytest.raises(script("runs").UsageError, match=r"abalone: give --tables FOLDER"):
+    with pytest.raises(UsageError, match=r"abalone: give --tables FOLDER"):
         module.job(module.Config(sets=("abalone",)))
     table = tmp_path / "abalone.csv"
     table.write_text("M,0.5,1,7\nF,0.25,2,9\nI,0.75,3,8\n")

@@ -9,23 +9,26 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
+from metaal_jax.studies import results, statistics, usage
+from metaal_jax.studies.processes import side_by_side
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "experiments"
 
 
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(SCRIPTS))
-    yield {name: importlib.import_module(name) for name in ("paired", "report", "strategy_report")}
+    yield {name: importlib.import_module(name) for name in ("report", "strategy_report")}
     sys.path.remove(str(SCRIPTS))
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-12, 1e12, 1e-200, 1e200])
-def test_paired_p_is_scipys(scripts, unit):
+def test_paired_p_is_scipys(unit):
     rng = np.random.default_rng(0)
     for n in (2, 3, 16):
         difference = rng.normal(0.3, 1, n)
         wanted = ttest_1samp(difference, 0.0).pvalue
-        assert scripts["paired"].paired_p(unit * difference) == pytest.approx(wanted, rel=1e-9)
+        assert statistics.paired_p(unit * difference) == pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -42,8 +45,8 @@ def test_paired_p_is_scipys(scripts, unit):
         ([0.0, 0.0, 0.1], 0.42264973),
     ],
 )
-def test_paired_p_at_the_edges(scripts, difference, p):
-    assert scripts["paired"].paired_p(difference) == pytest.approx(p, abs=1e-8)
+def test_paired_p_at_the_edges(difference, p):
+    assert statistics.paired_p(difference) == pytest.approx(p, abs=1e-8)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +59,13 @@ def test_paired_p_at_the_edges(scripts, difference, p):
         ([[0.1, 0.2]], "one difference for each seed"),
     ],
 )
-def test_paired_p_refuses(scripts, difference, said):
+def test_paired_p_refuses(difference, said):
     with pytest.raises(ValueError, match=said):
-        scripts["paired"].paired_p(difference)
+        statistics.paired_p(difference)
 
 
-def test_holm(scripts):
-    holm = scripts["paired"].holm
+def test_holm():
+    holm = statistics.holm
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
         {"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06}
     )
@@ -75,32 +78,19 @@ def test_holm(scripts):
             holm({"a": 0.1, "b": wrong})
 
 
-def test_labels_to(scripts):
-    labels_to = scripts["paired"].labels_to
-    labels = np.asarray([5, 10, 15])
-    accuracy = np.asarray([[0.1, 0.5, 0.4], [0.1, np.nan, 0.6], [np.nan] * 3, [0.5, 0.0, 0.0]])
-    assert labels_to(labels, accuracy, 0.5).tolist() == [10, 15, np.inf, 5]
-    for wrong in ((labels, accuracy[0], 0.5), (labels[:2], accuracy, 0.5), (labels, accuracy[:0], 0.5)):
-        with pytest.raises(ValueError, match=r"accuracy must be \[seeds, rounds\]"):
-            labels_to(*wrong)
-    for target in (np.nan, 90, -0.1):
-        with pytest.raises(ValueError, match="an accuracy from 0 to 1"):
-            labels_to(labels, accuracy, target)
-
-
-def test_ranks_put_nan_last(scripts):
+def test_ranks_put_nan_last():
     values = np.asarray([[[0.5], [np.nan], [0.7], [0.5]]])
-    assert scripts["paired"].ranked(values)[0, :, 0].tolist() == [2.5, 4, 1, 2.5]
+    assert statistics.ranked(values)[0, :, 0].tolist() == [2.5, 4, 1, 2.5]
 
 
 def test_results_are_json_that_everybody_reads(scripts, tmp_path):
     """With one seed intervals are infinite, and a loss may be: `null`, where Python would write words of its own."""
-    paired, report = scripts["paired"], scripts["report"]
+    report = scripts["report"]
     rows = [
-        paired.numbers(np.asarray([0.5])),
+        statistics.numbers(np.asarray([0.5])),
         {"mean": float("nan"), "config": {"beta": float("inf")}, "of": [1, -np.inf]},
     ]
-    report.write_results(tmp_path / "r.json", command="c", environment={}, seconds=1.0, config={"beta": float("inf")},
+    results.write_results(tmp_path / "r.json", command="c", environment={}, seconds=1.0, config={"beta": float("inf")},
                          rows=rows, paired=[])  # fmt: skip
     text = (tmp_path / "r.json").read_text()
 
@@ -130,7 +120,44 @@ def test_a_report_of_single_rows_and_one_seed(scripts):
     assert (names, total.tolist(), settings) == (["random", "margin"], [[0, 0], [0, 0]], 1)
 
 
-def test_waiting_for_what_no_task_sends(scripts):
-    side_by_side = importlib.import_module("side_by_side").side_by_side
+def test_waiting_for_what_no_task_sends():
     with side_by_side(print, {}, []) as wait, pytest.raises(KeyError, match="no task sent 'curves'"):
         wait("curves")
+
+
+ROW = {"metric": "accuracy", "mean": 0.5}
+DAMAGED = {  # what is done to a result file; what the line must say
+    "taken away": (lambda path: path.unlink(), "cannot be read"),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
+    "empty": (lambda path: path.write_text(""), "no result file"),
+    "torn": (lambda path: path.write_text(path.read_text()[:-10]), "no result file"),
+    "no text": (lambda path: path.write_bytes(b"\xff\xfe"), "no result file"),
+    "a list": (lambda path: path.write_text("[]"), "it holds list"),
+    "a word that is no JSON": (lambda path: path.write_text(path.read_text().replace("0.5", "NaN")), "NaN is no JSON"),
+    "no device": (lambda path: path.write_text(path.read_text().replace('"device"', '"place"')), "lacks 'device'"),
+    "seconds that are text": (
+        lambda path: path.write_text(path.read_text().replace(": 9.5", ': "9"')),
+        "'seconds' is str",
+    ),
+    "a row of nothing": (lambda path: path.write_text(path.read_text().replace('"metric"', '"x"')), r"rows\[0\] lacks"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_result_file_is_refused(tmp_path, damage):
+    path = tmp_path / "r.json"
+    results.write_results(path, command="c", environment=results.environment(), seconds=9.5, config={}, rows=[ROW],
+                          paired=[])  # fmt: skip
+    assert results.read_results(path)["rows"] == [ROW]
+    change, said = DAMAGED[damage]
+    change(path)
+    with pytest.raises(usage.UsageError, match=said) as found:
+        results.read_results(path)
+    assert str(path) in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_an_extra_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    with pytest.raises(usage.UsageError, match=r"tabulate is not installed.*pip install 'metaal_jax\[experiments\]'"):
+        usage.need("tabulate", extra="experiments")

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
@@ -33,12 +33,12 @@ def _begin(shared: Any, cores: Any, results: Any, parent: int) -> None:
     _worker.update(shared=jax.device_put(shared), results=results)
 
 
-def _call(function: Callable, task: Any) -> None:
+def _call(function: Callable[..., None], task: Any) -> None:
     function(_worker["shared"], task, lambda name, value: _worker["results"].put((name, value)))
 
 
 @contextlib.contextmanager
-def side_by_side(function: Callable, shared: Any, tasks: Iterable[Any]):
+def side_by_side(function: Callable[..., None], shared: Any, tasks: Iterable[Any]) -> Iterator[Callable[[Any], Any]]:
     """Runs `function(shared, task, send)` for every task; gives `wait(name)`, the value of `send(name, value)`.
 
     On a CPU in as many processes as there are cores, on an accelerator in this one. `function` must be importable by
@@ -50,10 +50,10 @@ def side_by_side(function: Callable, shared: Any, tasks: Iterable[Any]):
       tasks: what to do, in this order.
     """
     tasks = list(tasks)
-    values: dict[Any, Future] = {}
+    values: dict[Any, Future[Any]] = {}
     lock = threading.Lock()
 
-    def place(name: Any) -> Future:
+    def place(name: Any) -> Future[Any]:
         with lock:
             return values.setdefault(name, Future())
 
@@ -76,13 +76,13 @@ def side_by_side(function: Callable, shared: Any, tasks: Iterable[Any]):
     free, results = context.Queue(), context.Queue()
     for core in cores:
         free.put(core)
-    failure: Future = Future()
+    failure: Future[Any] = Future()
 
     def collect() -> None:
         while (item := results.get()) is not None:
             place(item[0]).set_result(item[1])
 
-    def ended(task: Future) -> None:
+    def ended(task: Future[Any]) -> None:
         if not task.cancelled() and (error := task.exception()) and not failure.done():
             failure.set_result(error)
 

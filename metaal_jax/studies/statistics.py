@@ -1,9 +1,10 @@
-"""Statistics that all reports share: intervals as result rows, labels to a target, corrected paired tests."""
+"""Statistics that all reports share: intervals as result rows, corrected paired tests, ranks."""
 
 from collections.abc import Hashable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from metaal_jax.metrics import Interval, interval
 
@@ -11,7 +12,7 @@ _Name = TypeVar("_Name", bound=Hashable)
 
 
 def numbers(
-    values: np.ndarray | Interval, middle: str = "mean", of: str = "seeds", digits: int = 5
+    values: NDArray[Any] | Interval, middle: str = "mean", of: str = "seeds", digits: int = 5
 ) -> dict[str, float | int]:
     """Mean, 95 % interval and number of values, as they stand in a result: `{middle, low, high, of}`."""
     low = values if isinstance(values, Interval) else interval(values)
@@ -19,36 +20,16 @@ def numbers(
     return {**rounded, of: low.seeds}
 
 
-def shown(values: np.ndarray) -> str:
+def shown(values: NDArray[Any]) -> str:
     """A paired difference in points, as tables show it."""
     both = interval(100 * values)
     return f"{both.mean:+.2f} [{both.low:+.2f}, {both.high:+.2f}]"
 
 
-def shown_plain(values: np.ndarray, digits: int = 3) -> str:
+def shown_plain(values: NDArray[Any], digits: int = 3) -> str:
     """A mean with its interval in the values' own unit, as tables show it."""
     found = interval(values)
     return f"{found.mean:.{digits}f} [{found.low:.{digits}f}, {found.high:.{digits}f}]"
-
-
-def labels_to(labels: np.ndarray, accuracy: np.ndarray, target: float) -> np.ndarray:
-    """Labels `[rounds]` at which each curve `[seeds, rounds]` reaches a target first, infinity where it does not.
-
-    An accuracy that is NaN reaches nothing.
-
-    Raises:
-      ValueError: without seeds or rounds, for curves of another length than `labels`, or a target that is no share.
-    """
-    labels, accuracy = np.asarray(labels), np.asarray(accuracy)
-    if accuracy.ndim != 2 or not accuracy.size or labels.shape != accuracy.shape[1:]:
-        raise ValueError(
-            f"labels_to: accuracy must be [seeds, rounds] for labels [rounds], got the shapes {accuracy.shape} and "
-            f"{labels.shape}"
-        )
-    if not 0 <= target <= 1:
-        raise ValueError(f"labels_to: target must be an accuracy from 0 to 1, got {target}")
-    reached = accuracy >= target
-    return np.where(reached.any(1), labels[reached.argmax(1)].astype(float), np.inf)
 
 
 def finite(value: float) -> float | None:
@@ -56,7 +37,7 @@ def finite(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def paired_p(difference: np.ndarray) -> float:
+def paired_p(difference: NDArray[Any]) -> float:
     """Two-sided p-value of Student's t-test of paired values, by their differences `[seeds]`.
 
     The limits of the test where the differences do not vary: 0 where all are the same and not zero, which no chance
@@ -108,8 +89,9 @@ def holm(p: Mapping[_Name, float]) -> dict[_Name, float]:
     return found
 
 
-def ranked(values: np.ndarray) -> np.ndarray:
+def ranked(values: NDArray[Any]) -> NDArray[Any]:
     """Ranks along the second axis of `[cases, arms, ...]`, 1 for the largest; equal ones share theirs, NaN is last."""
     from scipy.stats import rankdata
 
-    return rankdata(-np.where(np.isnan(values), -np.inf, values), axis=1)
+    ranks: NDArray[Any] = rankdata(-np.where(np.isnan(values), -np.inf, values), axis=1)
+    return ranks

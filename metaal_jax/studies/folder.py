@@ -6,95 +6,22 @@ as one that was not. Times are kept apart, in `times.jsonl`, because they never 
 `learn_policy.py`, whose length is a matter of time).
 """
 
-import contextlib
 import dataclasses
-import errno
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import shutil
-import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
+from metaal_jax.studies.files import write
+from metaal_jax.studies.results import environment
+from metaal_jax.studies.usage import UsageError, need
 
-Records = list[dict]
-
-
-class UsageError(Exception):
-    """Something that the user can mend; shown as one line, without a traceback."""
-
-
-def main(function: Callable[[], None]) -> None:
-    """Runs a script's main function; errors that the user can mend become one line and exit status 2."""
-    from metaal_jax.checkpoint import CheckpointError
-    from metaal_jax.data import DataError
-
-    try:
-        function()
-    except (UsageError, DataError, CheckpointError) as error:
-        sys.exit(_say(str(error)))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        where = f" ({error.filename})" if error.filename else ""
-        sys.exit(_say(f"{error.strerror}{where}; finished steps are kept: make room, then go on with --resume"))
-    except KeyboardInterrupt:
-        sys.exit(_say("interrupted; finished steps are kept: go on with --resume", 130))
-
-
-def _say(message: str, status: int = 2) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    return status
-
-
-@contextlib.contextmanager
-def arguments():
-    """Where options become algorithms: a factory's `ValueError` is the user's to mend."""
-    try:
-        yield
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def names(text: str, known: Iterable[str], what: str, also: Iterable[str] = ()) -> tuple[str, ...]:
-    """Comma-separated names, checked; raises `UsageError` for unknown or repeated ones.
-
-    Other spellings, `also`, are taken as they are and not listed in the message.
-    """
-    import difflib
-
-    known, given = list(known), tuple(part.strip() for part in text.split(",") if part.strip())
-    for name in given:
-        if name not in (*known, *also):
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"did you mean {' or '.join(near)}? " if near else ""
-            raise UsageError(f"unknown {what} {name!r}; {hint}choose from {', '.join(known)}")
-    if not given or len(set(given)) < len(given):
-        raise UsageError(f"{what} list {text!r} is empty or repeats a name; choose from {', '.join(known)}")
-    return given
-
-
-def environment() -> dict:
-    """Versions and device, as they stand in every result."""
-    packages = ("metaal_jax", "jax", "jaxlib", "flax", "optax", "numpy")
-    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
-    device = jax.devices()[0]
-    kind = f"{os.cpu_count()}-core CPU" if device.platform == "cpu" else device.device_kind
-    return {"device": f"{kind} x {jax.device_count()}", "versions": versions}
-
-
-def command() -> str:
-    """The command line, as a user would type it from the project's root; a resumed run has the bits of a whole one."""
-    script = Path(sys.argv[0])
-    given = [word for word in sys.argv[1:] if word != "--resume"]
-    return " ".join(["python", f"{script.parent.name}/{script.name}", *given])
+Records = list[dict[str, Any]]
 
 
 class RunFolder:
@@ -105,7 +32,7 @@ class RunFolder:
         `tensorboard/` and what the experiment adds.
     """
 
-    def __init__(self, path: str | os.PathLike, config, *, resume: bool, free: frozenset[str] = frozenset()):
+    def __init__(self, path: str | os.PathLike[str], config: Any, *, resume: bool, free: frozenset[str] = frozenset()):
         """Opens a new folder, or one of the same config to go on with.
 
         Args:
@@ -183,10 +110,8 @@ class RunFolder:
 
     def board(self, tag: str, value: float, at: int) -> None:
         """One point of a TensorBoard curve; a resumed run draws all of them again."""
-        from tensorboardX import SummaryWriter
-
         if self._board is None:
-            self._board = SummaryWriter(str(self.path / "tensorboard"))
+            self._board = need("tensorboardX", extra="experiments").SummaryWriter(str(self.path / "tensorboard"))
         self._board.add_scalar(tag, value, at)
         self._board.flush()
 
@@ -197,7 +122,7 @@ class RunFolder:
             self._board = None
 
 
-def round_to(value) -> float:
+def round_to(value: Any) -> float:
     """A float with the digits that float32 has."""
     return float(f"{float(value):.7g}")
 
@@ -205,14 +130,3 @@ def round_to(value) -> float:
 def lines(records: Records) -> str:
     """Records as JSON lines."""
     return "".join(json.dumps(record) + "\n" for record in records)
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    with open(fresh, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)

@@ -1,0 +1,89 @@
+"""What a command line needs: mistakes that get one line, names that are checked, extras that are missing."""
+
+import contextlib
+import difflib
+import errno
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from metaal_jax.checkpoint import CheckpointError
+from metaal_jax.data import DataError
+
+
+class UsageError(Exception):
+    """Something that the user can mend; shown as one line, without a traceback."""
+
+
+def main(function: Callable[[], None]) -> None:
+    """Runs a script's main function; errors that the user can mend become one line and exit status 2."""
+    try:
+        function()
+    except (UsageError, DataError, CheckpointError) as error:
+        sys.exit(_say(str(error)))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(_say(f"{error.strerror}{where}; finished steps are kept: make room, then go on with --resume"))
+    except KeyboardInterrupt:
+        sys.exit(_say("interrupted; finished steps are kept: go on with --resume", 130))
+
+
+def _say(message: str, status: int = 2) -> int:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+@contextlib.contextmanager
+def arguments() -> Iterator[None]:
+    """Where options become algorithms: a factory's `ValueError` is the user's to mend."""
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def names(text: str, known: Iterable[str], what: str, also: Iterable[str] = ()) -> tuple[str, ...]:
+    """Comma-separated names, checked; other spellings, `also`, are taken as they are and not listed in the message.
+
+    Raises:
+      UsageError: for an unknown or repeated name, or none.
+    """
+    known, given = list(known), tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in given:
+        if name not in (*known, *also):
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise UsageError(f"unknown {what} {name!r}; {hint}choose from {', '.join(known)}")
+    if not given or len(set(given)) < len(given):
+        raise UsageError(f"{what} list {text!r} is empty or repeats a name; choose from {', '.join(known)}")
+    return given
+
+
+def command() -> str:
+    """The command line, as a user would type it from the project's root; a resumed run has the bits of a whole one."""
+    script = Path(sys.argv[0])
+    given = [word for word in sys.argv[1:] if word != "--resume"]
+    return " ".join(["python", f"{script.parent.name}/{script.name}", *given])
+
+
+def need(module: str, *, extra: str) -> Any:
+    """The module, which belongs to an extra of the package.
+
+    >>> need("json", extra="experiments").dumps(1)
+    '1'
+
+    Raises:
+      UsageError: where it is not installed, with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
+            raise
+        raise UsageError(
+            f"{module.partition('.')[0]} is not installed; install it with: pip install 'metaal_jax[{extra}]'"
+        ) from None
