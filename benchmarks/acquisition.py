@@ -9,10 +9,10 @@ by a score take about as long as NumPy: both are bound by the same exponentials.
     python benchmarks/acquisition.py --quick    # a smoke test
     python benchmarks/acquisition.py --large    # covering and density rules alone, 500 of 100,000 x 512 rows: 2 minutes
 
-The strategies are those of experiments/registry.py: `begin` and `act` of one round of 100 picks as one program. The
+The strategies are those of metaal_jax.names: `begin` and `act` of one round of 100 picks as one program. The
 pool has 64 features from ten clusters, ten classes, 50 labelled rows and a buffer for 150; its logits are those of ten
 draws around a linear head, which is also what rules with a learner refit. batch_bald, epig, error_reduction,
-error_reduction_01 and oracle look at 200 random rows, as in the registry; k_medoids, max_herding, uncertain_herding,
+error_reduction_01 and oracle look at 200 random rows, as everywhere; k_medoids, max_herding, uncertain_herding,
 prob_cover and typical at all rows but judge them by 1000 random ones, here and in NumPy.
 
 NumPy's forms (references/scores.py, references/rules.py) are float32 and vectorised over the pool. Rules that refit or
@@ -57,7 +57,7 @@ from references.checks import VALUES, Check, Found, as_good, drawn_rightly, same
 from references.scores import Pool
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
-from registry import STRATEGIES, Need, make_policy
+from metaal_jax.names import STRATEGIES, Given, build
 
 MEMBERS, CLASSES, FEATURES, LABELLED, KEY = 10, 10, 64, 50, 0
 NO_PEERS = "{} is not installed, so there are no peers; install them with: pip install -e '.[peers]'"
@@ -231,7 +231,7 @@ def every_strategy(bench: Bench, config: Config) -> None:
     learner = make_learner(CLASSES, config.steps)
     model = ml.models.MLP(CLASSES, hidden=(), zero_head=True)
     loss_learner = ml.learners.loss_predictor(model, optimizer=optax.adamw(1e-2, weight_decay=0.1), steps=config.steps)
-    need = Need(k=config.k, rounds=1, classes=CLASSES, learner=learner, refit=learner, loss_learner=loss_learner)
+    need = Given(k=config.k, rounds=1, classes=CLASSES, learner=learner, refit=learner, loss_learner=loss_learner)
     shape = {"members": MEMBERS, "classes": CLASSES, "features": FEATURES, "steps": config.steps}
     view, y = make_view(config.rows, k=config.k, **shape)
     pool = as_numpy(view, config.k)
@@ -240,7 +240,7 @@ def every_strategy(bench: Bench, config: Config) -> None:
         selection = jax.tree.map(lambda leaf: leaf[:200], Batch(view.x, jnp.asarray(y), view.weight))
         params = (jnp.asarray(y), selection) if STRATEGIES[name].held_out else ()
         others = plain_of(name, pool) | bench.peers_of(name, pool)
-        bench.run(name, ours(make_policy(name, need), view, params), others, check_of(name, pool, bench))
+        bench.run(name, ours(build(name, need), view, params), others, check_of(name, pool, bench))
     if "discriminative" in names:
         policy = ml.acquisition.discriminative(k=config.k, sub_batches=1)
         name = "discriminative, one fit"
@@ -251,7 +251,7 @@ def every_strategy(bench: Bench, config: Config) -> None:
     for name in names:
         if others := bench.peers_of(name, pool, square=True):
             check = as_good(lambda picks, name=name: VALUES[name](pool, picks), 0.9)
-            bench.run(f"{name}, {config.square_rows} rows", ours(make_policy(name, need), small), others, check)
+            bench.run(f"{name}, {config.square_rows} rows", ours(build(name, need), small), others, check)
 
 
 def wide_badge(bench: Bench, config: Config) -> None:
@@ -268,9 +268,9 @@ def covering(bench: Bench, config: Config) -> None:
     """The rules that cover the pool or look at its density where one pass over the embedding takes long."""
     n, features, k = config.size
     view, _ = make_view(n, k=k, members=1, classes=CLASSES, features=features, steps=config.steps)
-    need = Need(k=k, rounds=1, classes=CLASSES, learner=None, refit=None, loss_learner=None)  # type: ignore[arg-type]
+    need = Given(k=k, rounds=1, classes=CLASSES, learner=None, refit=None, loss_learner=None)  # type: ignore[arg-type]
     for name in COVERING:
-        bench.run(f"{name}, {n} x {features}", ours(make_policy(name, need), view), {}, None)
+        bench.run(f"{name}, {n} x {features}", ours(build(name, need), view), {}, None)
     base = f"{COVERING[0]}, {n} x {features}"
     bench.pairs += [(base, each) for each in bench.times if each != base]
     middle = {name: float(np.median(times.seconds)) for name, times in bench.times.items()}

@@ -15,7 +15,7 @@ from metaal_jax.acquisition import predict_pool
 from metaal_jax.base import Batch, Learner, Policy, Problem, PyTree
 from metaal_jax.loop import active_learner, evaluate, grow
 from metaal_jax.metrics import Score
-from registry import Need, find, make_policy
+from metaal_jax.names import Given, build, find
 
 PLAIN = {
     "scratch": "the network trained from a random initialisation on the labels bought so far",
@@ -108,7 +108,7 @@ def make_arms(
     half = -(-budget // 2 // k) * k
     segments = (half, budget) if budget > (50 if learner == "scratch" else 100) and half < budget else (budget,)
     own_model, training = _supervised(learner, classes, shape, config)
-    need = Need(
+    need = Given(
         k=k, rounds=budget // k, classes=classes, learner=single, refit=single,
         loss_learner=learners.loss_predictor(own_model, **training),
     )  # fmt: skip
@@ -131,7 +131,7 @@ def make_arms(
                 prepare=prepare,
                 strategies=tuple(mine),
                 first=acquisition.one_of([_first_rule(name, config) for name in mine]),
-                policy=acquisition.one_of([make_policy(name, need) for name in mine]),
+                policy=acquisition.one_of([build(name, need) for name in mine]),
                 segments=segments,
             )
         )

@@ -30,13 +30,13 @@ import meta_active
 import strategies
 from metaal_jax import policies
 from metaal_jax.metrics import interval, labels_to_reach
+from metaal_jax.names import ADAPTIVE, LEARNED, STRATEGIES
 from metaal_jax.policies import features
 from metaal_jax.studies.files import write
 from metaal_jax.studies.folder import RunFolder
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.statistics import finite, holm, numbers, paired_p, shown
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names
-from registry import ADAPTIVE, LEARNED, STRATEGIES
 from strategy_report import Cell, Table, share_picture, win_picture, wins
 
 # What a run was of may grow and shrink: a cell depends on its own strategy alone.

@@ -37,11 +37,11 @@ from metaal_jax import data, tasks
 from metaal_jax.base import Problem
 from metaal_jax.data.local import SPLITS
 from metaal_jax.metrics import interval
+from metaal_jax.names import STRATEGIES
 from metaal_jax.studies.folder import RunFolder
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.statistics import numbers, ranked, shown
-from metaal_jax.studies.usage import UsageError, arguments, command, main
-from registry import STRATEGIES, strategy_names
+from metaal_jax.studies.usage import UsageError, arguments, command, main, strategy_names
 from strategy_report import TWINS, Cell, Table, share_picture
 
 LEFT_OUT = ("oracle", "error_reduction", "error_reduction_01", "epig", *TWINS)

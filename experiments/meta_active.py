@@ -28,10 +28,10 @@ from meta_learners import meta_learner_of
 from meta_training import make_meta_job, meta_data, meta_restore, meta_train
 from metaal_jax import data, tasks
 from metaal_jax.base import Batch
+from metaal_jax.names import find, listing
 from metaal_jax.studies.folder import RunFolder, round_to
 from metaal_jax.studies.results import environment, write_results
-from metaal_jax.studies.usage import UsageError, arguments, command, main, names
-from registry import find, listing, strategy_names
+from metaal_jax.studies.usage import UsageError, arguments, command, main, names, strategy_names
 from report import Study, comparisons, picture, result_rows, table
 
 

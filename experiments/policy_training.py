@@ -20,11 +20,11 @@ from tqdm import tqdm
 from forms import Kind, kinds_of, make_sampler
 from metaal_jax import checkpoint, learners, models, policies
 from metaal_jax.base import Batch, Learner, Policy, PyTree
+from metaal_jax.names import ALIASES, STRATEGIES, Given, build, find
 from metaal_jax.policies import features
 from metaal_jax.policies.episodes import episode
 from metaal_jax.studies.folder import RunFolder, round_to
-from metaal_jax.studies.usage import UsageError, names
-from registry import ALIASES, STRATEGIES, Need, find, make_policy, strategy_names
+from metaal_jax.studies.usage import UsageError, names, strategy_names
 from strategies import linear_learners
 
 BASELINE = "max_herding"
@@ -172,17 +172,17 @@ def ridge_learner(config: Any, ways: int) -> Learner:
     return learners.r2d2(models.Projection(ways), ridge=config.ridge, scale=config.scale, intercept=True, absent=None)
 
 
-def need_of(config: Any, kind: Kind) -> Need:
+def need_of(config: Any, kind: Kind) -> Given:
     """What rules are made from in a kind of problems."""
     learner, refit = learners_of(config, kind.ways)
-    return Need(k=kind.batch, rounds=kind.budget // kind.batch, classes=kind.ways, learner=learner, refit=refit,
+    return Given(k=kind.batch, rounds=kind.budget // kind.batch, classes=kind.ways, learner=learner, refit=refit,
                 loss_learner=learner)  # fmt: skip
 
 
 def make_chooser(config: Any, kind: Kind, network: Any, **options: Any) -> Policy:
     """The policy as it will be used, or with the options of its training."""
     if config.policy == "selector":
-        rules = [make_policy(name, need_of(config, kind)) for name in rules_of(config, "arms")]
+        rules = [build(name, need_of(config, kind)) for name in rules_of(config, "arms")]
         return policies.selector(rules, network, k=kind.batch, **options)
     return policies.learned(network, k=kind.batch, **options)
 
@@ -245,7 +245,7 @@ def areas_of(config: Any, kind: Kind, *, network: Any = None, rule: str = "", pl
 @functools.cache
 def _areas_of(config: Any, kind: Kind, network: Any, rule: str, plan: int) -> Areas:
     options = {"plan": plan} if plan > 1 else {}
-    chooser = make_policy(rule, need_of(config, kind)) if rule else make_chooser(config, kind, network, **options)
+    chooser = build(rule, need_of(config, kind)) if rule else make_chooser(config, kind, network, **options)
     return areas(config, kind, chooser)
 
 

@@ -38,11 +38,11 @@ from metaal_jax.active import ActiveState
 from metaal_jax.base import Learner, Problem, PyTree
 from metaal_jax.loop import active_learner
 from metaal_jax.metrics import Score
+from metaal_jax.names import ALIASES, CANDIDATES, STRATEGIES, Given, build, find, listing
 from metaal_jax.policies.selector import SelectorState
 from metaal_jax.studies.folder import RunFolder, round_to
 from metaal_jax.studies.processes import side_by_side
-from metaal_jax.studies.usage import UsageError, arguments, main, names
-from registry import ALIASES, CANDIDATES, STRATEGIES, Need, find, listing, make_policy, strategy_names
+from metaal_jax.studies.usage import UsageError, arguments, main, names, strategy_names
 from strategy_report import Cell, report
 
 CONDITIONS: dict[str, dict[str, float]] = {
@@ -253,7 +253,7 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
     if find(strategy).committee:
         members = config.joint_members if find(strategy).costly else config.members
         posterior = learners.laplace(learner, members=members, prior_precision=config.prior_precision)
-    need = Need(
+    need = Given(
         k=k,
         rounds=budget // k,
         classes=classes,
@@ -261,7 +261,7 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
         refit=refit,
         loss_learner=learners.loss_predictor(model, **training),
     )
-    policy = make_policy(strategy, need, posterior)
+    policy = build(strategy, need, posterior)
 
     def run(key: jax.Array, problem: Problem, wrong: jax.Array) -> tuple[Score, jax.Array, PyTree]:
         init_key, begin_key, loop_key = jax.random.split(key, 3)

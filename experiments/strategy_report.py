@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaal_jax.metrics import Interval, interval
+from metaal_jax.names import find
 from metaal_jax.studies.folder import RunFolder
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.statistics import holm, numbers, paired_p, ranked
 from metaal_jax.studies.usage import command
-from registry import find
 from report import Study, result_rows
 
 SHOWN = (10, 20, 50, 100, 200, 300)

@@ -12,12 +12,12 @@ from metaal_jax import acquisition
 from views import make_view, reorder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
-from registry import REGRESSION, Need
+from metaal_jax.names import REGRESSION, Given
 
 sys.path.pop(0)
 
 N, K = 24, 4
-NEED = Need(k=K, rounds=3, classes=0, learner=None, refit=None, loss_learner=None)
+NEED = Given(k=K, rounds=3, classes=0, learner=None, refit=None, loss_learner=None)
 RULES = {name: strategy.make(NEED) for name, strategy in REGRESSION.items()}
 RULES["greedy_input, embedding"] = acquisition.greedy_input(k=K, space="embedding")
 COMMITTEES = [name for name, strategy in REGRESSION.items() if strategy.committee]

@@ -1,4 +1,4 @@
-"""One table for all query strategies: whatever the registry names must keep these promises."""
+"""One table for all query strategies: whatever metaal_jax.names knows must keep these promises."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from metaal_jax import Batch, Prediction, learners, models
 from views import HOLE, make_view, reorder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
-from registry import ALIASES, STRATEGIES, Need, find, listing, make_policy
+from metaal_jax.names import ALIASES, STRATEGIES, Given, build, find, listing
 
 sys.path.pop(0)
 
@@ -21,7 +21,7 @@ N, K, CAPACITY, CLASSES = 24, 4, 6, 4
 
 MODEL = models.MLP(CLASSES, hidden=())
 LEARNER = learners.fine_tune(MODEL, optimizer=optax.sgd(0.3), steps=2)
-NEED = Need(
+NEED = Given(
     refit=LEARNER,
     k=K,
     rounds=3,
@@ -112,7 +112,7 @@ def decide(policy, params):
 
 def policy_of(name, need=NEED):
     params = (jnp.asarray(TRUTH, jnp.int32), SELECTION) if find(name).held_out else ()
-    return make_policy(name, need), params
+    return build(name, need), params
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -173,7 +173,7 @@ def test_a_posterior_is_shown_only_where_it_is_asked(key):
     """A committee's strategy made with a posterior works on the view of a single model."""
     view = CASES[1][0]["base"]
     posterior = learners.committee(LEARNER, members=3)
-    policy = make_policy("bald", NEED, posterior)
+    policy = build("bald", NEED, posterior)
     decision = jax.jit(decide(policy, ()))(key, view)
     assert decision.valid.all()
     assert isinstance(view.prediction, Prediction)

@@ -16,12 +16,14 @@ from metaal_jax.policies.learned import fixed, learned, prior
 from metaal_jax.policies.pathwise import pathwise, relaxed_batch
 from metaal_jax.policies.policy_gradient import ppo, reinforce
 from metaal_jax.policies.saved import Saved, load, save, shipped
+from metaal_jax.policies.scrambled import Scrambled
 from metaal_jax.policies.selector import favoured, selector
 from metaal_jax.policies.supervised import supervised
 
 __all__ = [
     "PolicyTrainer",
     "Saved",
+    "Scrambled",
     "TrainState",
     "albl",
     "environment",

@@ -11,6 +11,7 @@ from typing import Any
 
 from metaal_jax.checkpoint import CheckpointError
 from metaal_jax.data import DataError
+from metaal_jax.names import ADAPTIVE, ALIASES, LEARNED, STRATEGIES, find
 
 
 class UsageError(Exception):
@@ -61,6 +62,21 @@ def names(text: str, known: Iterable[str], what: str, also: Iterable[str] = ()) 
     if not given or len(set(given)) < len(given):
         raise UsageError(f"{what} list {text!r} is empty or repeats a name; choose from {', '.join(known)}")
     return given
+
+
+def strategy_names(text: str) -> tuple[str, ...]:
+    """Comma-separated names of strategies, bandits and trained policies (`learned:NAME`), checked.
+
+    Raises:
+      UsageError: for an unknown or repeated name, a policy that cannot be loaded, or none.
+    """
+    given = [part.strip() for part in text.split(",")]
+    trained = [name for name in given if name.startswith(LEARNED)]
+    found = names(text, STRATEGIES, "strategy", (*ALIASES, *ADAPTIVE, *trained))
+    with arguments():
+        for name in trained:
+            find(name)
+    return found
 
 
 def command() -> str:
