@@ -7,6 +7,7 @@ from metaal_jax.learners.committee import committee
 from metaal_jax.learners.gradient import gradient_steps
 from metaal_jax.learners.heads import prototype_head, ridge_head, svm_head
 from metaal_jax.learners.inner_loop import inner_loop
+from metaal_jax.learners.logistic import linear, logistic_head
 from metaal_jax.learners.loss_prediction import loss_predictor
 from metaal_jax.learners.maml import anil, fine_tune, implicit_maml, maml, maml_plus_plus, meta_sgd, reptile
 from metaal_jax.learners.meta_gradient import annealed, implicit, reptile_difference, through
@@ -27,6 +28,8 @@ __all__ = [
     "inner_loop",
     "label_propagation",
     "laplace",
+    "linear",
+    "logistic_head",
     "loss_predictor",
     "maml",
     "maml_plus_plus",

@@ -42,6 +42,7 @@ def closed_form(
     settings: Mapping[str, float | Array],
     learn: Sequence[str] = (),
     statistics: Literal["batch", "support"] = "batch",
+    warm: bool = False,
     loss: LossFn = losses.cross_entropy,
     score: LossFn = losses.accuracy,
 ) -> Adaptation:
@@ -54,6 +55,7 @@ def closed_form(
       settings: its hyperparameters, all above 0 (`ridge` may be 0 where it is not learned).
       learn: which of them the outer loop trains, as logarithms, from the values given.
       statistics: of `models.BatchNorm` layers in prediction, see `gradient_steps`.
+      warm: whether the head takes `start`, the last layer of `adapt(..., start=params)`.
       loss: of query rows, which the outer loop descends; the head itself minimises what it minimises.
       score: of query rows, reported beside the loss.
 
@@ -83,14 +85,16 @@ def closed_form(
         _, embedding = apply(model, variables, batch.x, batch.weight)
         return Embedded(batch, variables, meta.get(HYPER, {}), embedding)
 
-    def solve(key: Array, problem: Embedded, *, first_order: bool = False, path: bool = False) -> PyTree:
+    def solve(
+        key: Array, problem: Embedded, *, first_order: bool = False, path: bool = False, **start: PyTree
+    ) -> PyTree:
         del key, first_order, path  # there are no steps
         batch = problem.batch
         now = {
             name: jnp.exp(problem.hyper[f"log_{name}"]) if name in learn else value for name, value in settings.items()
         }
         classes = problem.variables["params"]["head"]["bias"].shape[0]
-        return head(problem.embedding, batch.y, batch.weight, classes, **now)
+        return head(problem.embedding, batch.y, batch.weight, classes, **now, **start)
 
     def assemble(free: PyTree, problem: Embedded, *, step: Any = None) -> PyTree:
         del step
@@ -100,9 +104,10 @@ def closed_form(
         return support_statistics(model, params, problem.batch) if statistics == "support" else params
 
     def adapt(key: Array, meta: PyTree, batch: Batch, /, *, unlabelled: PyTree = None, start: PyTree = None) -> PyTree:
-        del unlabelled, start  # a closed form has nowhere to start from
+        del unlabelled
         problem = begin(meta, batch)
-        return assemble(solve(key, problem), problem)
+        given = {"start": head_of(start)} if warm and start is not None else {}
+        return assemble(solve(key, problem, **given), problem)
 
     return Adaptation(
         init=init,
