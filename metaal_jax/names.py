@@ -36,7 +36,7 @@ NEEDS = {
 
 
 class Given(NamedTuple):
-    """What strategies are made from; None for what there is not.
+    """What strategies are made from; None for what there is not, which `Strategy.needs` are checked against.
 
     Attributes:
       k: rows a round.
@@ -48,11 +48,11 @@ class Given(NamedTuple):
     """
 
     k: int
-    rounds: int | None = None
-    classes: int | None = None
-    learner: Learner | None = None
-    refit: Learner | None = None
-    loss_learner: Learner | None = None
+    rounds: int = None  # type: ignore[assignment]
+    classes: int = None  # type: ignore[assignment]
+    learner: Learner = None  # type: ignore[assignment]
+    refit: Learner = None  # type: ignore[assignment]
+    loss_learner: Learner = None  # type: ignore[assignment]
 
 
 class Strategy(NamedTuple):
@@ -119,6 +119,7 @@ STRATEGIES: dict[str, Strategy] = {
     "balanced_margin": _rule(
         "margin, the predicted classes filled up evenly",
         lambda given: acquisition.class_balanced(acquisition.margin, k=given.k),
+        "logits labels",
     ),
     # Disagreement.
     "vote_entropy": _rule("largest entropy of a committee's votes", _top(acquisition.vote_entropy), "committee"),
@@ -145,7 +146,7 @@ STRATEGIES: dict[str, Strategy] = {
     "gradient_length": _rule(
         "expected gradient length over the whole network",
         lambda given: acquisition.top_k(acquisition.expected_gradient_length(given.learner), k=given.k),
-        "logits x learner",
+        "x learner",
     ),
     "head_gradient_length": _rule(
         "expected gradient length of the last layer", _top(acquisition.head_gradient_length), "logits embedding"
@@ -173,7 +174,7 @@ STRATEGIES: dict[str, Strategy] = {
     "glister": _rule(
         "gain in the likelihood of the labelled rows by one step",
         lambda given: acquisition.glister(given.learner, k=given.k),
-        "logits x labels learner",
+        "logits embedding labels learner",
     ),
     "predicted_loss": _rule(
         "largest loss foreseen by a head trained beside the network",
@@ -253,7 +254,7 @@ STRATEGIES: dict[str, Strategy] = {
     "oracle": _rule(
         "greedy oracle: it sees the labels, and the loss on rows of its own",
         lambda given: acquisition.greedy_oracle(given.refit, k=given.k),
-        "logits x labels refit truth",
+        "x labels refit truth",
         costly=True,
         params=_truth,
     ),
@@ -315,7 +316,7 @@ def find(name: str) -> Strategy:
     if not name.startswith(LEARNED) and place not in policies.shipped() and not place.endswith(".json"):
         raise ValueError(unknown("strategy", name, [*_KNOWN, *policies.shipped()]))
     saved = policies.load(place)
-    network = policies.Scrambled(saved.network, feature) if feature else saved.network
+    network: Any = policies.Scrambled(saved.network, feature) if feature else saved.network
     if saved.rules:
         make = lambda given: policies.selector(  # noqa: E731
             [find(rule).make(given) for rule in saved.rules], network, k=given.k
@@ -366,7 +367,7 @@ def strategy(
       ValueError: for an unknown name, or one whose needs are not given.
     """
     found = find(name)
-    given = Given(k, rounds, classes, learner, refit, loss_learner)
+    given = Given(k, rounds, classes, learner, refit, loss_learner)  # type: ignore[arg-type]
     for need in found.needs:
         if need in Given._fields and getattr(given, need) is None:
             raise ValueError(f"{name} needs {NEEDS[need]}: give {need}=")

@@ -1,20 +1,13 @@
 """One table for the rules for regression, and their values against float64 NumPy forms written from the papers."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from metaal_jax import acquisition
-from views import make_view, reorder
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
 from metaal_jax.names import REGRESSION, Given
-
-sys.path.pop(0)
+from views import make_view, reorder
 
 N, K = 24, 4
 NEED = Given(k=K, rounds=3, classes=0, learner=None, refit=None, loss_learner=None)

@@ -1,8 +1,5 @@
 """One table for all query strategies: whatever metaal_jax.names knows must keep these promises."""
 
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +7,8 @@ import optax
 import pytest
 
 from metaal_jax import Batch, Prediction, learners, models
+from metaal_jax.names import ADAPTIVE, ALIASES, NEEDS, STRATEGIES, Given, build, find, listing, strategy
 from views import HOLE, make_view, reorder
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "experiments"))
-from metaal_jax.names import ALIASES, STRATEGIES, Given, build, find, listing
-
-sys.path.pop(0)
 
 N, K, CAPACITY, CLASSES = 24, 4, 6, 4
 
@@ -77,6 +70,7 @@ def cases(members):
     return {
         "base": base,
         "same again": base,
+        "other inputs": base._replace(x=base.x + jax.random.normal(jax.random.key(9), base.x.shape)),
         "permuted": reorder(base, order),
         "padded": padded,
         "padded with NaN": filled(padded, jnp.arange(N) >= N - 4),
@@ -131,6 +125,8 @@ def test_strategies_keep_the_contract(key, name):
         assert not np.isnan(decision.scores[available]).any(), case
         assert np.isfinite(decision.log_prob), case
     assert (got["same again"].index == got["base"].index).all()
+    same = (got["other inputs"].index == got["base"].index).all()
+    assert same == ("x" not in find(name).needs), "whether it reads the inputs"
     np.testing.assert_array_equal(got["padded with NaN"].index, got["padded"].index)
     np.testing.assert_array_equal(got["padded with junk"].index, got["padded"].index)
     np.testing.assert_array_equal(got["one NaN row"].index, got["one row less"].index)
@@ -160,6 +156,40 @@ def test_more_rows_than_the_pool_has(key, name):
 def test_rules_for_committees_refuse_a_single_model(key, name):
     with pytest.raises(ValueError, match="committee"):
         jax.eval_shape(decide(*policy_of(name)), key, CASES[1][0]["base"])
+
+
+READ = {"logits": "prediction.logits", "embedding": "prediction.embedding", "labels": "labelled.y"}
+
+
+@pytest.mark.parametrize("name", [*STRATEGIES, *ADAPTIVE, "learned:cifar10", "learned:cifar10_selector"])
+def test_the_needs_are_what_a_strategy_reads(key, name):
+    """By the compiler: what the decision does not depend on is no need, and what it depends on is one.
+
+    The inputs are read by all, for NaN; see the contract for those that read their values.
+    """
+    found, view = find(name), CASES[3 if find(name).committee else 1][0]["base"]
+    chooser, params = build(name, NEED), found.params(view) if not found.held_out else (jnp.asarray(TRUTH), SELECTION)
+    flat, tree = jax.tree.flatten(view)
+    traced = jax.make_jaxpr(lambda *flat: decide(chooser, params)(key, jax.tree.unflatten(tree, flat)).index)(*flat)
+    _, used = jax.interpreters.partial_eval.dce_jaxpr(traced.jaxpr, [True])
+    read = {
+        jax.tree_util.keystr(path).strip(".")
+        for (path, _), one in zip(jax.tree_util.tree_leaves_with_path(view), used, strict=True)
+        if one
+    }
+    needs = {"logits" if need == "committee" else need for need in found.needs}
+    assert {need for need, place in READ.items() if place in read} == needs & set(READ)
+    assert set(found.needs) <= set(NEEDS)
+
+
+def test_what_is_not_given_is_named():
+    for name, found in STRATEGIES.items():
+        for need in set(found.needs) & set(Given._fields):
+            rest = {field: value for field, value in NEED._asdict().items() if field != need}
+            with pytest.raises(ValueError, match=f"{name} needs .*: give {need}="):
+                strategy(name, **rest)
+    with pytest.raises(ValueError, match="unknown strategy 'bagde'; did you mean badge"):
+        strategy("bagde", k=3)
 
 
 def test_every_strategy_has_a_line_in_the_help():

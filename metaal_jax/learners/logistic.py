@@ -337,9 +337,7 @@ def _differentiable(problem: Regression, penalty: Array, solution: Linear, steps
     return jax.tree.map(lambda leaf, moved: leaf - moved, solution, change)
 
 
-def _chosen_ridge(
-    problem: Regression, first: Linear, ridges: Sequence[float], steps: int
-) -> tuple[Array, Linear]:
+def _chosen_ridge(problem: Regression, first: Linear, ridges: Sequence[float], steps: int) -> tuple[Array, Linear]:
     """The ridge with the least cross entropy of rows left out, and its solution; each starts from the one before."""
 
     def fit(start: Linear, ridge: Array) -> tuple[Linear, tuple[Array, Linear]]:
