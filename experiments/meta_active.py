@@ -30,9 +30,8 @@ from metaal_jax import data, tasks
 from metaal_jax.base import Batch
 from metaal_jax.names import find, listing
 from metaal_jax.studies.folder import RunFolder, round_to
-from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.study import Study, pair
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names, strategy_names
-from report import Study, comparisons, picture, result_rows, table
 
 
 @dataclass(frozen=True)
@@ -318,7 +317,7 @@ def active(config: Config, setting: Setting, folder: RunFolder, key: jax.Array, 
             final[arm] |= {f"{name}_{m}": np.array([r[m] for r in own]) for m in metrics if m in own[0]}
         for n, value in zip(labels, curves[arm]["accuracy"].mean(0), strict=True):
             folder.board(f"active/{'/'.join(arm)}/accuracy", value, n)
-    return Study(labels, curves, final)
+    return Study(labels, curves, final, {"source": Path(config.source).stem, "target": Path(config.target).stem})
 
 
 def _records(result: Curves, name: str, first: int, labels: list[int], classes: int) -> list[dict]:
@@ -336,6 +335,19 @@ def _records(result: Curves, name: str, first: int, labels: list[int], classes: 
             scores = {metric: round_to(values[i]) for metric, values in score._asdict().items()}
             records.append({**common, "at": at, name: True, **scores})
     return records
+
+
+def comparisons(study: Study, against: tuple[str, ...]) -> list[dict]:
+    """Paired differences of the meta-learned network to the same strategy with the learners `against`."""
+    rows = []
+    for learner, strategy in study.curves:
+        for other in against:
+            if learner in ("maml", "frozen") and other != learner and (other, strategy) in study.curves:
+                a, b = (learner, strategy), (other, strategy)
+                for n in study.columns():
+                    rows.append(pair(a, b, "accuracy", n, study.at(a, "accuracy", n) - study.at(b, "accuracy", n)))
+                rows.append(pair(a, b, "area", int(study.labels[-1]), study.area(a) - study.area(b)))
+    return rows
 
 
 def job(config: Config) -> None:
@@ -365,17 +377,14 @@ def job(config: Config) -> None:
     }
     study = active(config, setting, folder, active_key, metas, arms)
     folder.close()
-    text = table(study)
+    text = study.table()
     (folder.path / "table.txt").write_text(text + "\n")
-    names_of = {"source": Path(config.source).stem, "target": Path(config.target).stem}
-    paths = [folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])]
-    for path in paths:
-        picture(study, path.with_suffix(".png"), f"{names_of['source']} to {names_of['target']}, {config.seeds} seeds")
-        write_results(
-            path, command=command(), environment=environment(), seconds=folder.seconds(),
-            config=dataclasses.asdict(config), rows=result_rows(study, **names_of),
-            paired=comparisons(study, against=("scratch", "frozen", "logistic")),
-        )  # fmt: skip
+    study.about.update(config=dataclasses.asdict(config), seconds=folder.seconds())
+    title = f"{study.about['source']} to {study.about['target']}, {config.seeds} seeds"
+    paired = comparisons(study, against=("scratch", "frozen", "logistic"))
+    for path in (folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])):
+        study.plot(path.with_suffix(".png"), title=title)
+        study.save(path, command=command(), paired=paired)
     print(
         f"\n{config.source} to {config.target}: test accuracy in %, mean and 95 % interval over {config.seeds} seeds\n"
     )

@@ -12,8 +12,8 @@ from metaal_jax.names import find
 from metaal_jax.studies.folder import RunFolder
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.statistics import holm, numbers, paired_p, ranked
+from metaal_jax.studies.study import Study
 from metaal_jax.studies.usage import command
-from report import Study, result_rows
 
 SHOWN = (10, 20, 50, 100, 200, 300)
 # The same rule under another name where the learner is one linear layer; ranks and wins count it once.
@@ -312,7 +312,7 @@ def report(
         best = [name for name in ranking[few][place] if name != "random"
                 and not find(name).committee and not find(name).costly][: config.best]  # fmt: skip
         study = again(best)
-        final = [row for row in result_rows(study, source=config.source, target=config.target)
+        final = [row for row in study.rows()
                  if row["metric"] == "area" or (row["metric"] == "accuracy" and row["labels"] in SHOWN)]  # fmt: skip
         lines = [[f"{strategy}", *[f"{100 * low.mean:.1f} ± {100 * (low.high - low.mean):.1f}" for low in
                                    [interval(study.area((learner, strategy))),

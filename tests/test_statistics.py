@@ -100,7 +100,7 @@ def test_results_are_json_that_everybody_reads(scripts, tmp_path):
     held = json.loads(text, parse_constant=refuse)
     assert held["rows"][0] == {"mean": 0.5, "low": None, "high": None, "seeds": 1}
     assert held["rows"][1] == {"mean": None, "config": {"beta": None}, "of": [1, None]}
-    study = report.Study([5, 10], {("maml", "random"): {"accuracy": np.ones((1, 2))}}, {})
+    study = Study([5, 10], {("maml", "random"): {"accuracy": np.ones((1, 2))}})
     assert study.at(("maml", "random"), "accuracy", 10).tolist() == [1]
     with pytest.raises(ValueError, match=r"no curve has a point at 7 labels, only at \[5, 10\]"):
         study.at(("maml", "random"), "accuracy", 7)
