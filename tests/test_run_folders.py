@@ -416,13 +416,14 @@ def test_places_are_tried_and_left_as_they_were(tmp_path):
         assert "denied" in files.why_not_writable(tmp_path / "r.json", folder=False)
 
 
-def test_an_interrupt_has_a_line_of_its_own(capsys):
+def test_an_interrupt_has_a_line_of_its_own(monkeypatch, capsys):
     from tqdm import tqdm
 
     def job():
         for _ in tqdm(range(3), desc="bar"):
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(usage.os, "_exit", sys.exit)  # as it ends, but for this process
     with pytest.raises(SystemExit) as ended:
         usage.main(job)
     assert ended.value.code == 130
@@ -471,6 +472,28 @@ def test_help_of_tables_draws_none(scripts, monkeypatch, capsys):
     assert ended.value.code == 0
     assert "usage: " in (said := capsys.readouterr().out)
     assert "| " not in said
+
+
+def test_studies_need_no_extra():
+    """Importing them takes nothing that belongs to one; importing the package does not take them."""
+    code = """if True:
+        import sys
+        extra = ("tqdm", "tyro", "tabulate", "matplotlib", "tensorboardX")
+        import metaal_jax
+        assert "metaal_jax.studies" not in sys.modules
+        assert not set(extra) & set(sys.modules)
+        sys.modules.update(dict.fromkeys(extra))
+        from metaal_jax.studies import files, folder, options, processes, results, statistics, usage
+        try:
+            options.parse(int)
+        except usage.UsageError as error:
+            assert str(error) == "tyro is not installed; install it with: pip install 'metaal_jax[experiments]'", error
+        else:
+            raise AssertionError("parsed without Tyro")
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_kills():

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -42,7 +43,14 @@ def main(function: Callable[[], None]) -> None:
             raise
         sys.exit(_say("not enough memory; finished steps are kept: ask for less, such as fewer rows, seeds or filters"))
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; finished steps are kept: go on with --resume", 130))
+        _leave(_say("interrupted; finished steps are kept: go on with --resume", 130))
+
+
+def _leave(status: int) -> None:
+    """Ends the process at once: XLA may be computing in other threads, which dies of the interpreter's usual end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def warn(message: str) -> None:
