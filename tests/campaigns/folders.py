@@ -8,7 +8,7 @@ What the line says to delete is deleted, and the study must then end with the sa
 are given to every script: status 2 and one line, with nothing computed. The study is killed by SIGKILL at random
 moments, in every other child between the moves of its files as well, and resumed; a second process is refused; and
 `meta_active.py` itself is killed and resumed once. One line a kind; the exit status is 1 if anything was wrong. Gate:
-`tests/test_run_folders.py` does a part of it. About three minutes.
+`tests/test_run_folders.py` and `tests/test_options.py` do a part of it. About two minutes.
 """
 
 import argparse
