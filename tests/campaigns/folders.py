@@ -75,9 +75,9 @@ def attempt(function: Callable[[], None]) -> tuple[int, list[str], str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files of a folder but its lock."""
+    """All files of a folder but its lock, as far as they may be read."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*"))
-            if file.is_file() and file.name != ".lock"}  # fmt: skip
+            if file.is_file() and file.name != ".lock" and os.access(file, os.R_OK)}  # fmt: skip
 
 
 def results(folder: Path) -> dict[str, bytes]:
