@@ -4,6 +4,6 @@ Nothing here is imported by `import metaal_jax`, and what belongs to the extra `
 that needs it.
 """
 
-from metaal_jax.studies import files, folder, processes, results, statistics, usage
+from metaal_jax.studies import files, folder, options, processes, results, statistics, usage
 
-__all__ = ["files", "folder", "processes", "results", "statistics", "usage"]
+__all__ = ["files", "folder", "options", "processes", "results", "statistics", "usage"]
