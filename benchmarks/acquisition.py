@@ -40,7 +40,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,7 @@ import harness
 import metaal_jax as ml
 from harness import Candidate, Times
 from metaal_jax.base import Batch, Decision, Policy, PoolView, Prediction, PyTree, pad_batch
+from metaal_jax.studies.options import FILE
 from references import rules, scores
 from references.checks import VALUES, Check, Found, as_good, drawn_rightly, same_picks, same_scores
 from references.scores import Pool
@@ -97,7 +98,7 @@ class Config:
     """Seconds beyond which the first run of a candidate is the only one."""
     quick: bool = False
     """A smoke test: a few strategies, few rows and repeats; nothing is written unless `out` says where."""
-    out: str | None = None
+    out: Annotated[str | None, FILE] = None
     """Where to write the result; by default benchmarks/results/<device>/acquisition.json."""
 
 

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
+from metaal_jax.studies.options import check_options, parse
 from metaal_jax.studies.results import write_results
-from metaal_jax.studies.usage import command
+from metaal_jax.studies.usage import command, main
 
 NO_TORCH = "PyTorch is not installed, so only the JAX part runs; install it with: pip install -e '.[bench]'"
 C = TypeVar("C")
@@ -235,9 +236,14 @@ def write(path: Path, *, seconds: float, config: Any, found: list[dict]) -> None
 
 def options(config: type[C], documentation: str | None) -> C:
     """The command line of a config dataclass, with the first line of a script's documentation."""
-    import tyro
+    found: list[C] = []
 
-    return tyro.cli(config, description=(documentation or "").partition("\n")[0])
+    def read() -> None:
+        found.append(parse(config, (documentation or "").partition("\n")[0]))
+        check_options(found[0])
+
+    main(read)
+    return found[0]
 
 
 def finish(name: str, config: Any, begin: float, found: list[dict]) -> None:

@@ -27,7 +27,7 @@ benchmarks/results/cpu-2/loop.json.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from harness import Candidate
 from metaal_jax import data
 from metaal_jax.base import Problem
 from metaal_jax.loop import grow
+from metaal_jax.studies.options import FILE
 
 POOL, ROUNDS, K, CLASSES = 1000, 10, 10, 10
 RATE, EPSILON = 0.05, 1e-4
@@ -68,7 +69,7 @@ class Config:
     """Seeds whose picks and accuracies must agree."""
     quick: bool = False
     """A smoke test: few seeds, steps and repeats; nothing is written unless `out` says where."""
-    out: str | None = None
+    out: Annotated[str | None, FILE] = None
     """Where to write the result; by default benchmarks/results/<device>/loop.json."""
 
 

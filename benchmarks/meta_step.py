@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ import metaal_jax as ml
 from harness import Candidate, Quartiles, Times
 from metaal_jax.base import PyTree, Task
 from metaal_jax.outer import MetaState, OuterLoop
+from metaal_jax.studies.options import FILE
 from metaal_jax.tasks import ClassData
 
 WAYS, SHOTS, QUERIES, SIZE, KEY = 5, 1, 15, 28, 0
@@ -59,7 +60,7 @@ class Config:
     """Times that every candidate is run, in turn."""
     quick: bool = False
     """A smoke test: a small network, few tasks, steps and repeats; nothing is written unless `out` says where."""
-    out: str | None = None
+    out: Annotated[str | None, FILE] = None
     """Where to write the result; by default benchmarks/results/<device>/meta_step.json."""
 
 

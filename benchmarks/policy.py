@@ -19,7 +19,7 @@ Expected on two cores: a decision in 41 ms (batches of ten) and 50 ms (single ro
 import functools
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ import metaal_jax as ml
 from harness import Candidate
 from metaal_jax.base import Batch, Decision, Policy, PoolView, Prediction, Problem
 from metaal_jax.policies import features
+from metaal_jax.studies.options import FILE
 
 CLASSES, WIDTH, LABELLED, CAPACITY = 10, 128, 90, 100
 SHIPPED = "cifar10"
@@ -53,7 +54,7 @@ class Config:
     """Times that every candidate is run, in turn."""
     quick: bool = False
     """A smoke test: few rows and repeats; nothing is written unless `out` says where."""
-    out: str | None = None
+    out: Annotated[str | None, FILE] = None
     """Where to write the result; by default benchmarks/results/<device>/policy.json."""
 
 

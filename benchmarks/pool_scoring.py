@@ -23,7 +23,7 @@ either with members in turn 8,900, PyTorch 7,000. All figures: benchmarks/result
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ import harness
 import metaal_jax as ml
 from harness import Candidate
 from metaal_jax.base import Learner, Prediction, PyTree
+from metaal_jax.studies.options import FILE
 
 MEMBERS, CLASSES, KEY = 4, 10, 0
 
@@ -55,7 +56,7 @@ class Config:
     """Times that every candidate is run, in turn, after a first run that is checked."""
     quick: bool = False
     """A smoke test: few rows and repeats; nothing is written unless `out` says where."""
-    out: str | None = None
+    out: Annotated[str | None, FILE] = None
     """Where to write the result; by default benchmarks/results/<device>/pool_scoring.json."""
 
 

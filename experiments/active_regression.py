@@ -19,20 +19,21 @@ import functools
 import os
 import time
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from sklearn.datasets import load_diabetes
 from tabulate import tabulate
 from tqdm import tqdm
 
 from metaal_jax import acquisition, active_learner, learners, losses, metrics, models, tasks
 from metaal_jax.base import Learner, Policy, Problem
+from metaal_jax.studies.options import FILE, above, check_options, parse
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.statistics import holm, numbers, paired_p, shown_plain
-from metaal_jax.studies.usage import UsageError, arguments, command, main
+from metaal_jax.studies.usage import UsageError, arguments, command, main, names
 
 FILES = {"abalone": "abalone.csv", "red wine": "winequality-red.csv"}
 SETS = ("diabetes", *FILES)
@@ -52,7 +53,7 @@ class Config:
     """Pool rows, fewer where a table has fewer."""
     test: int = 1000
     """Test rows, what is left at most."""
-    ridge: float = 1.0
+    ridge: Annotated[float, above(0)] = 1.0
     """Strength of the regularisation."""
     members: int = 8
     """Of the committee that rules for committees see."""
@@ -60,7 +61,7 @@ class Config:
     """Draws of pool and test rows."""
     seed: int = 0
     """Of everything."""
-    save_results: str | None = None
+    save_results: Annotated[str | None, FILE] = None
     """Result file."""
 
 
@@ -114,6 +115,8 @@ def strategies(config: Config, committee: Learner) -> dict[str, Policy]:
 
 def job(config: Config) -> None:
     """All tables and strategies; prints the areas and their differences to random's."""
+    check_options(config)
+    names(",".join(config.sets), SETS, "table")
     start = time.perf_counter()
     model = models.MLP(1, hidden=())
     learner = learners.r2d2(model, ridge=config.ridge, intercept=True, learn=(), loss=losses.squared_error,
@@ -165,7 +168,7 @@ if __name__ == "__main__":
 
     def run() -> None:
         """Parses and runs."""
-        config = tyro.cli(Config, description=__doc__)
+        config = parse(Config, __doc__)
         with arguments():
             job(config)
 

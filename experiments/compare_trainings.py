@@ -29,6 +29,7 @@ from forms import embedded_forms, kinds_of, main_job
 from metaal_jax.base import PyTree
 from metaal_jax.metrics import interval
 from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.options import FILE, check_options, parse
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.statistics import numbers, shown
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names
@@ -96,7 +97,7 @@ class Config:
     """Run folder; by default runs/compare_trainings/WHAT."""
     resume: bool = False
     """Go on with the run in the folder."""
-    save_results: str | None = None
+    save_results: Annotated[str | None, FILE] = None
     """Also write the results to this JSON file."""
 
 
@@ -118,14 +119,13 @@ class Player(NamedTuple):
 
 def arms_of(config: Config) -> dict[str, learn_policy.Config]:
     """The trainings by name."""
+    check_options(config)
     if config.what not in WHAT:
         raise UsageError(f"--what {config.what!r} must be one of {', '.join(WHAT)}")
     known = WAYS if config.what == "ways" else TRAINED
     chosen = tuple(known) if config.trainings == "all" else names(config.trainings, known, "training")
     shared = {field.name for field in dataclasses.fields(learn_policy.Config)} & set(vars(config))
     base = learn_policy.Config(**{name: getattr(config, name) for name in shared - {"out"}})
-    if config.runs < 1:
-        raise UsageError(f"--runs {config.runs} must be at least 1")
     if len(kinds_of(config.kinds)) > 1:
         raise UsageError(f"--kinds {config.kinds!r}: give one kind of problems")
     if config.what == "ways":
@@ -240,4 +240,4 @@ def result_rows(
 
 
 if __name__ == "__main__":
-    main(lambda: job(tyro.cli(Config)))
+    main(lambda: job(parse(Config)))

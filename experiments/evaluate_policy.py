@@ -21,10 +21,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
-import tyro
 
 import meta_active
 import strategies
@@ -33,7 +33,8 @@ from metaal_jax.metrics import interval, labels_to_reach
 from metaal_jax.names import ADAPTIVE, LEARNED, STRATEGIES
 from metaal_jax.policies import features
 from metaal_jax.studies.files import write
-from metaal_jax.studies.folder import RunFolder
+from metaal_jax.studies.folder import RunFolder, read_object
+from metaal_jax.studies.options import RESULT_FILE, check_options, numbers_of, parse
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.statistics import finite, holm, numbers, paired_p, shown
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names
@@ -87,7 +88,7 @@ class Config:
     """Run folder."""
     resume: bool = False
     """Go on with the run in the folder."""
-    save_results: str | None = None
+    save_results: Annotated[str | None, RESULT_FILE] = None
     """Also write the results to this JSON file, and the picture beside it."""
 
 
@@ -101,6 +102,7 @@ def trained_names(text: str) -> list[str]:
 
 def cells_of(config: Config) -> tuple[strategies.Config, list[str], list[str]]:
     """The comparison as one of `strategies.py`; the policies' names there, and those with a scrambled feature."""
+    check_options(config)
     trained = trained_names(config.policies)
     scrambled = [f"{trained[0]}~{feature}" for feature in features.ROWS] if config.importance else []
     rules = [*STRATEGIES, *ADAPTIVE]
@@ -108,10 +110,7 @@ def cells_of(config: Config) -> tuple[strategies.Config, list[str], list[str]]:
         rules = [part.strip() for part in config.strategies.split(",")]
     left_out = names(config.without, rules, "rule to leave out") if config.without else ()
     rules = [name for name in rules if name not in left_out]
-    try:
-        batches = [int(part) for part in config.batches.split(",")]
-    except ValueError:
-        raise UsageError(f"--batches {config.batches!r} must be whole numbers, such as 1,10") from None
+    batches = numbers_of("--batches", config.batches, of=int, like="1,10")
     if not set(rules) - set(BOUNDS[1:]) - set(trained):
         raise UsageError(f"--strategies {config.strategies!r} must hold a rule to compare with, such as max_herding")
     several = [k for k in batches if k != 1]
@@ -170,7 +169,7 @@ def job(config: Config) -> None:
 def forget_changed(folder: RunFolder, trained: list[str], cells: list[Cell]) -> None:
     """Forgets the cells of policies that are not what they were when these ran; those of rules stay."""
     file = folder.path / "policies.json"
-    held = json.loads(file.read_text()) if file.exists() else {}
+    held = read_object(file, "its policies are then taken to be what they were") if file.exists() else {}
     for name in trained:
         saved = policies.load(name.removeprefix(LEARNED))
         leaves = b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(saved.params))
@@ -324,4 +323,4 @@ def picture(config: Config, table: Table, trained: list[str], scrambled: list[st
 
 
 if __name__ == "__main__":
-    main(lambda: job(tyro.cli(Config)))
+    main(lambda: job(parse(Config)))

@@ -51,6 +51,7 @@ from metaal_jax.losses import accuracy
 from metaal_jax.metrics import interval
 from metaal_jax.outer import outer_loop
 from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.options import FILE, above, at_least, check_options, numbers_of, parse
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names
 
@@ -105,13 +106,13 @@ class Config:
     """Instead of the preset's: outer learning rate."""
     inner_rate: float | None = None
     """Instead of the preset's: inner learning rate."""
-    inner_steps: int | None = None
+    inner_steps: Annotated[int | None, at_least(0)] = None
     """Instead of the preset's: inner steps in meta-training."""
     proximal: float | None = None
     """Instead of the preset's: pull to the initialisation of implicit_maml."""
     damping: float | None = None
     """Instead of the preset's: what implicit_maml adds to the Hessian when it solves for the gradient."""
-    eval_steps: int | None = None
+    eval_steps: Annotated[int | None, at_least(0)] = None
     """Instead of the preset's: inner steps on test tasks."""
     seed: int = 0
     """Decides everything that is drawn."""
@@ -125,7 +126,7 @@ class Config:
     """Run folder; by default runs/few_shot/TRAIN-TEST-LEARNER-WAYS-SHOTS."""
     resume: bool = False
     """Go on with the run in the folder."""
-    save_results: str | None = None
+    save_results: Annotated[str | None, FILE] = None
     """Also write the results to this JSON file."""
 
 
@@ -181,24 +182,16 @@ def settings(config: Config) -> Preset:
 
 def check(config: Config, preset: Preset) -> tuple[tuple[str, ...], list[float]]:
     """Checks what can be checked without data; the sources and their weights."""
-    for name in ("ways", "shots", "queries", "test_tasks", "validation_tasks"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
-    for name in ("steps", "tasks", "filters", "train_ways", "train_shots"):
-        value = getattr(preset, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value} must be at least 1")
     if config.learner not in ANY_WAYS and preset.train_ways not in (None, config.ways):
         raise UsageError(f"--train-ways {preset.train_ways}: the head of {config.learner} is meta-learned for as many "
                          f"classes as test tasks have; leave it out or give --ways {preset.train_ways}")  # fmt: skip
     sources = tuple(part.strip() for part in config.train.split(",") if part.strip())
     if not sources or len(set(sources)) < len(sources):
         raise UsageError(f"--train {config.train!r} is empty or repeats a set")
-    try:
-        weights = [float(w) for w in config.weights.split(",")] if config.weights else [1.0] * len(sources)
-    except ValueError:
-        raise UsageError(f"--weights {config.weights!r} must be numbers with commas between them") from None
-    if len(weights) != len(sources) or min(weights) <= 0:
+    weights = [1.0] * len(sources)
+    if config.weights is not None:
+        weights = numbers_of("--weights", config.weights, of=float, allowed=above(0), like="3,1")
+    if len(weights) != len(sources):
         raise UsageError(f"--weights {config.weights!r}: {len(sources)} sources need as many weights above 0")
     same = [{"cifar_fs": "cifar100"}.get(name, name) for name in {*sources, config.test or sources[0]}]
     if len(set(same)) < len(same):
@@ -257,6 +250,7 @@ def normalises_by_batch(model: nn.Module) -> bool:
 
 def job(config: Config) -> None:
     """The whole run."""
+    check_options(config)
     preset = settings(config)
     sources, weights = check(config, preset)
     devices = spread(config, preset)
@@ -410,4 +404,4 @@ def picture(records: list[dict], found: dict, metrics: list[str], path: Path, ti
 
 
 if __name__ == "__main__":
-    main(lambda: job(tyro.cli(Config)))
+    main(lambda: job(parse(Config)))

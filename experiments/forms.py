@@ -14,6 +14,7 @@ from arms import make_embed, make_model, standardised, without_head
 from metaal_jax import tasks
 from metaal_jax.base import Problem, PyTree
 from metaal_jax.studies.folder import RunFolder
+from metaal_jax.studies.options import above, numbers_of
 from metaal_jax.studies.usage import UsageError
 from strategies import main_config, main_network
 
@@ -65,13 +66,7 @@ def kinds_of(text: str) -> tuple[Kind, ...]:
 
 def strengths_of(config: Any) -> list[float]:
     """The strengths of distortion."""
-    try:
-        found = [float(part) for part in config.strengths.split(",")]
-    except ValueError:
-        raise UsageError(f"--strengths {config.strengths!r} must be numbers with commas between them") from None
-    if min(found) <= 0:
-        raise UsageError(f"--strengths {config.strengths!r} must be above 0")
-    return found
+    return numbers_of("--strengths", config.strengths, of=float, allowed=above(0), like="0.6,1.2")
 
 
 def main_job(config: Any) -> Any:

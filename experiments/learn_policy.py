@@ -34,6 +34,7 @@ from forms import MADE_OF, embedded_forms, kinds_of, main_job, strengths_of
 from metaal_jax import policies
 from metaal_jax.metrics import interval
 from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.options import FILE, Range, above, at_least, check_options, parse
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.statistics import numbers, shown
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names
@@ -78,7 +79,7 @@ class Config:
     policy: Annotated[str, tyro.conf.arg(help=choices(POLICIES))] = "linear"
     arms: str = "random,margin,badge,typical,max_herding"
     """Comma-separated rules that a selector chooses among; max_herding, which it begins with, among them."""
-    start: float = 1.0
+    start: Annotated[float, Range()] = 1.0
     """Factor of the feature uncertain_cover with which scores begin, four times that for reinforce, ppo and pathwise,
     whose draws are then near the best rows; of a selector, the head start of max_herding, the same for all ways."""
     situation: str = "labels,margin"
@@ -103,7 +104,7 @@ class Config:
     """Most test rows of a problem."""
     held_out: int = 100
     """Its validation rows, which imitation and regression measure labels by."""
-    imbalance: float = 10.0
+    imbalance: Annotated[float, at_least(1)] = 10.0
     """How many times rarer its rarest class may be than its most frequent one."""
     made_of: Annotated[str, tyro.conf.arg(help=choices(MADE_OF))] = "auto"
     forms: int = 560
@@ -126,7 +127,7 @@ class Config:
     episodes: int = 16
     """Episodes of each problem in a step (evolution and reinforce); ppo runs a quarter as many in all, each of a
     problem of its own, the supervised ways and pathwise one of each problem."""
-    deviation: float = 0.15
+    deviation: Annotated[float, above(0)] = 0.15
     """Of evolution's noise on the parameters."""
     policy_rate: float = 0.05
     """Learning rate of the policy (Adam); row and set take a tenth of it, ppo and pathwise a fifth."""
@@ -141,9 +142,9 @@ class Config:
     train: Annotated[str, tyro.conf.arg(help="What the way pathwise trains. " + choices(TRAINED))] = "policy"
     learner_rate: float = 3e-3
     """Learning rate of the learner's meta-parameters (Adam)."""
-    ridge: float = 20.0
+    ridge: Annotated[float, above(0)] = 20.0
     """Ridge that meta-training begins with."""
-    scale: float = 5.0
+    scale: Annotated[float, above(0)] = 5.0
     """Factor on the ridge regression's outputs that meta-training begins with."""
     steps: int = 50
     """Steps of the linear layer."""
@@ -164,9 +165,9 @@ class Config:
     """Run folder; by default runs/policies/SOURCE-WAY."""
     resume: bool = False
     """Go on with the run in the folder."""
-    save_results: str | None = None
+    save_results: Annotated[str | None, FILE] = None
     """Also write the results to this JSON file."""
-    save_policy: str | None = None
+    save_policy: Annotated[str | None, FILE] = None
     """Also write the policy to this JSON file."""
 
 
@@ -177,10 +178,7 @@ def check(config: Config) -> None:
                               (config.made_of, MADE_OF, "made-of")):  # fmt: skip
         if names(text, known, what) != (text,):
             raise UsageError(f"--{what} {text!r}: give one; choose from {', '.join(known)}")
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, int) and not isinstance(value, bool) and not field.name.endswith("seed") and value < 1:
-            raise UsageError(f"--{field.name.replace('_', '-')} {value} must be at least 1")
+    check_options(config)
     if config.way in ("evolution", "reinforce") and (config.episodes < 2 or config.episodes % 2):
         raise UsageError(f"--episodes {config.episodes} must be an even number from 2 on")
     strengths_of(config)
@@ -332,4 +330,4 @@ def picture(config: Config, records: list[dict], curves: list[dict], path: Path)
 
 
 if __name__ == "__main__":
-    main(lambda: job(tyro.cli(Config)))
+    main(lambda: job(parse(Config)))

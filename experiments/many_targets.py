@@ -19,14 +19,14 @@ the ten. All figures: experiments/results/policies/ and the README. 26 minutes o
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 import meta_active
@@ -39,6 +39,7 @@ from metaal_jax.data.local import SPLITS
 from metaal_jax.metrics import interval
 from metaal_jax.names import STRATEGIES
 from metaal_jax.studies.folder import RunFolder
+from metaal_jax.studies.options import RESULT_FILE, at_least, check_options, parse
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.statistics import numbers, ranked, shown
 from metaal_jax.studies.usage import UsageError, arguments, command, main, strategy_names
@@ -60,7 +61,7 @@ class Config:
         "cifar100:coarse_label=4,cifar100:coarse_label=11,cifar100:coarse_label=18"
     )
     """Comma-separated sets, or groups of classes of a set."""
-    seeds: int = 32
+    seeds: Annotated[int, at_least(2)] = 32
     """Seeds; seed i draws the same problem of a target for all."""
     source: str = "cifar10"
     """Data set that the network was meta-trained on."""
@@ -78,7 +79,7 @@ class Config:
     """Run folder."""
     resume: bool = False
     """Go on with the run in the folder."""
-    save_results: str | None = None
+    save_results: Annotated[str | None, RESULT_FILE] = None
     """Also write the results to this JSON file, and the picture beside it."""
 
 
@@ -101,15 +102,20 @@ def sizes_of(rows: int) -> Sizes:
     return Sizes(pool, test, budget, budget // 10)
 
 
-def load_target(name: str, image_shape: tuple[int, ...], data_dir: str | None) -> data.Arrays:
-    """All rows of a target, of both splits, its classes numbered from 0."""
+def is_table(name: str, data_dir: str | None) -> bool:
+    """Whether a target's rows are columns of a table, and no images."""
+    base = name.partition(":")[0]
+    may_be = base in data.TABLES or base.endswith(".npz")
+    return may_be and len(data.load(base, "test", data_dir=data_dir).x.shape) == 2
+
+
+def load_target(name: str, shape: tuple[int, ...] | None, data_dir: str | None) -> data.Arrays:
+    """All rows of a target, of both splits, its classes numbered from 0; images of a shape, tables without one."""
     base, _, group = name.partition(":")
     label, _, number = group.partition("=")
     if group and not number.isdigit():
         raise UsageError(f"--targets: {name!r} must be SET or SET:LABEL=NUMBER, such as omniglot:alphabet=5")
     read = functools.partial(data.load, base, data_dir=data_dir)
-    table = len(read("test").x.shape) == 2 if base in data.TABLES or base.endswith(".npz") else False
-    shape = None if table else image_shape
     parts = []
     for split in SPLITS:
         arrays = read(split, image_shape=shape)
@@ -122,15 +128,22 @@ def load_target(name: str, image_shape: tuple[int, ...], data_dir: str | None) -
     return data.Arrays(x, y.astype(np.int32), len(classes))
 
 
-def make_problems(config: Config, setting: Any, meta: Any, targets: dict[str, data.Arrays]) -> dict:
-    """Every seed's problem of every target, embedded: leaves `[seeds, ...]`, by `(kind of embedding, target)`."""
+def make_embedding(config: Config, setting: Any, meta: Any) -> Callable[[Any], Any]:
+    """The main job's network without its last layer, `images -> [n, d]`."""
     model = make_model(setting.classes, setting.shape, strategies.main_config(config))
     body = without_head(model, meta, jnp.zeros((1, *setting.shape), setting.train_source.x.dtype))
-    embed = jax.jit(functools.partial(make_embed(model, 100), body))
+    return jax.jit(functools.partial(make_embed(model, 100), body))
+
+
+def make_problems(config: Config, embed: Callable[[Any], Any] | None, targets: dict[str, data.Arrays]) -> dict:
+    """Every seed's problem of every target, embedded: leaves `[seeds, ...]`, by `(kind of embedding, target)`.
+
+    `embed` is for images; tables need none.
+    """
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1), config.seeds)
     found = {}
     for name, arrays in tqdm(targets.items(), desc="embedding"):
-        if arrays.x.ndim == 2:
+        if embed is None or arrays.x.ndim == 2:
             z = (arrays.x - arrays.x.mean(0)) / np.maximum(arrays.x.std(0), 1e-6)
         else:
             z = np.concatenate([np.asarray(embed(arrays.x[i : i + 1000])) for i in range(0, len(arrays.x), 1000)])
@@ -149,6 +162,7 @@ def make_problems(config: Config, setting: Any, meta: Any, targets: dict[str, da
 
 def job(config: Config) -> None:
     """The whole run."""
+    check_options(config)
     trained = trained_names(config.policies)
     rules = [name for name in STRATEGIES if name not in LEFT_OUT]
     if config.strategies != "all":
@@ -159,24 +173,26 @@ def job(config: Config) -> None:
         )
     if "random" not in rules or len(rules) < 2:
         raise UsageError(f"--strategies {config.strategies!r} must hold random and a rule to compare with")
-    if config.seeds < 2:
-        raise UsageError(f"--seeds {config.seeds} must be at least 2")
     chosen = [*strategy_names(",".join(trained)), *rules]
     inner = strategies.Config(seeds=config.seeds, source=config.source, target=config.target, meta_run=config.meta_run,
                               seed=config.seed, data_dir=config.data_dir)  # fmt: skip
     names = [part.strip() for part in config.targets.split(",") if part.strip()]
     if not names or len(set(names)) < len(names):
         raise UsageError(f"--targets {config.targets!r} is empty or names one twice")
-    setting = meta_active.Setting(strategies.main_config(dataclasses.replace(inner, seed=config.meta_seed)))
-    targets = {name: load_target(name, setting.shape, config.data_dir) for name in names}
+    tables = {name: is_table(name, config.data_dir) for name in names}
+    trained_on = dataclasses.replace(inner, seed=config.meta_seed)
+    # Where all targets are tables, neither the network's data nor the network are needed.
+    setting = None if all(tables.values()) else meta_active.Setting(strategies.main_config(trained_on))
+    shape = setting.shape if setting else None
+    targets = {name: load_target(name, None if tables[name] else shape, config.data_dir) for name in names}
     sizes = {name: sizes_of(len(arrays.y)) for name, arrays in targets.items()}
     with arguments():
         for name, arrays in targets.items():
             for strategy in chosen:
                 strategies.make_run(inner, arrays.classes, strategy, sizes[name].batch, sizes[name].budget)
     folder = RunFolder(config.out, config, resume=config.resume, free=FREE)
-    meta = strategies.main_network(dataclasses.replace(inner, seed=config.meta_seed), setting, folder)
-    problems = make_problems(config, setting, meta, targets)
+    embed = setting and make_embedding(config, setting, strategies.main_network(trained_on, setting, folder))
+    problems = make_problems(config, embed, targets)
     # Targets of one shape share a program.
     groups: dict[Any, list] = {}
     for place in problems:
@@ -306,4 +322,4 @@ def picture(area: dict, names: list[str], trained: list[str], rules: list[str], 
 
 
 if __name__ == "__main__":
-    main(lambda: job(tyro.cli(Config)))
+    main(lambda: job(parse(Config)))

@@ -30,6 +30,7 @@ from metaal_jax import data, tasks
 from metaal_jax.base import Batch
 from metaal_jax.names import find, listing
 from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.options import RESULT_FILE, above, at_least, check_options, parse
 from metaal_jax.studies.study import Study, pair
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names, strategy_names
 
@@ -64,7 +65,7 @@ class Config:
     """Pool rows; by default 5000, or 60 percent of a smaller training split."""
     test: int = 2000
     """Test rows judged after every round; at the end all rows of the test split are. Fewer where the set has fewer."""
-    members: int = 4
+    members: Annotated[int, at_least(2)] = 4
     """Committee members."""
 
     meta_run: str | None = None
@@ -88,7 +89,7 @@ class Config:
     """Query rows of each class."""
     meta_rate: float = 3e-3
     """Outer learning rate (Adam), falling to zero along a cosine."""
-    inner_steps: int = 1
+    inner_steps: Annotated[int, at_least(0)] = 1
     """Inner steps of MAML in meta-training."""
     inner_rate: float = 0.01
     """Inner learning rate (SGD) in meta-training."""
@@ -101,43 +102,43 @@ class Config:
     """Blocks of the network; by default 4, or 2 below 16 pixels."""
     norm: Literal["none", "group", "batch"] = "none"
     """Norm layers of the network."""
-    adapt_steps: int = 20
+    adapt_steps: Annotated[int, at_least(0)] = 20
     """Inner steps of the meta-learned network on the target (Adam, from the prototype head)."""
     adapt_rate: float = 1e-2
     """Their learning rate for the last layer."""
     adapt_body_rate: float = 3e-4
     """Their learning rate for the other layers."""
-    temperature: float = 1.0
+    temperature: Annotated[float, above(0)] = 1.0
     """Factor on the prototype head's logits."""
-    own_steps: int = 5
+    own_steps: Annotated[int, at_least(0)] = 5
     """Inner steps of meta_sgd, in meta-training and on the target."""
     own_rate: float = 0.1
     """Inner learning rate (SGD) that meta_sgd starts from, and that of implicit_maml."""
-    implicit_steps: int = 10
+    implicit_steps: Annotated[int, at_least(0)] = 10
     """Inner steps of implicit_maml."""
     proximal: float = 1.0
     """Strength of its pull to the initialisation."""
-    reptile_steps: int = 8
+    reptile_steps: Annotated[int, at_least(0)] = 8
     """Inner steps of Reptile in meta-training (SGD, 10 rows each)."""
-    reptile_adapt_steps: int = 40
+    reptile_adapt_steps: Annotated[int, at_least(0)] = 40
     """Its inner steps on the target (all labels)."""
     reptile_rate: float = 0.1
     """Its inner learning rate."""
     pool_rows: int | None = 500
     """Pool rows that +pseudo and +propagation learn from; None for all of them."""
-    scratch_steps: int = 60
+    scratch_steps: Annotated[int, at_least(0)] = 60
     """Steps from scratch (AdamW, all labels in every step)."""
     scratch_rate: float = 1e-3
     """Their learning rate."""
     scratch_decay: float = 3.0
     """Their weight decay."""
-    frozen_steps: int = 50
+    frozen_steps: Annotated[int, at_least(0)] = 50
     """Steps of the linear layer on the frozen embedding (AdamW)."""
     frozen_rate: float = 1e-2
     """Their learning rate."""
     frozen_decay: float = 0.1
     """Their weight decay."""
-    logistic_steps: int = 100
+    logistic_steps: Annotated[int, at_least(0)] = 100
     """Steps of logistic regression on pixels (AdamW)."""
     logistic_rate: float = 3e-2
     """Their learning rate."""
@@ -154,7 +155,7 @@ class Config:
     """Run folder; by default runs/SOURCE-TARGET."""
     resume: bool = False
     """Go on with the run in the folder."""
-    save_results: str | None = None
+    save_results: Annotated[str | None, RESULT_FILE] = None
     """Also write the results to this JSON file."""
 
 
@@ -251,17 +252,11 @@ def _only(arrays: data.Arrays, classes: np.ndarray) -> data.Arrays:
 
 def check(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Checks what can be checked without data; returns the names of learners and strategies."""
-    for name in (
-        "budget", "batch_size", "seeds", "seeds_at_once", "test", "meta_tasks", "meta_labels", "chunk", "pool_rows"
-    ):  # fmt: skip
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    check_options(config)
     if config.budget % config.batch_size:
         raise UsageError(f"--budget {config.budget} must be a multiple of --batch-size {config.batch_size}")
     if config.seeds % config.seeds_at_once:
         raise UsageError(f"--seeds {config.seeds} must be a multiple of --seeds-at-once {config.seeds_at_once}")
-    if config.members < 2:
-        raise UsageError(f"--members {config.members} must be at least 2")
     plain = [name for name in LEARNERS if "+" not in name]
     return names(config.learners, plain, "learner", LEARNERS), strategy_names(config.strategies)
 
@@ -393,4 +388,4 @@ def job(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda: job(tyro.cli(Config)))
+    main(lambda: job(parse(Config)))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from meta_learners import OWN_HEAD, make_meta_learner
 from metaal_jax import checkpoint, tasks
 from metaal_jax.base import PyTree
 from metaal_jax.outer import MetaState, OuterLoop, outer_loop
-from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.folder import RunFolder, read_object, round_to
 from metaal_jax.studies.usage import UsageError
 
 
@@ -193,10 +192,12 @@ def meta_restore(config: Any, setting: Any, meta_job: MetaJob, *, name: str = "m
         raise UsageError(f"{path} holds no finished meta-training of {name}; run python experiments/meta_active.py "
                          f"--source {config.source} --target {config.target} --learners {name} first, or leave "
                          "--meta-run out")  # fmt: skip
-    held = json.loads((path / "config.json").read_text())
+    held = read_object(path / "config.json", "and the folder with it, or give another --meta-run")
     for field in ("source", "target", "seed"):
-        if held[field] != getattr(config, field):
-            raise UsageError(f"{path} is a run with {field}={held[field]!r}, asked for is {getattr(config, field)!r}")
+        if held.get(field) != getattr(config, field):
+            raise UsageError(
+                f"{path} is a run with {field}={held.get(field)!r}, asked for is {getattr(config, field)!r}"
+            )
     like = jnp.zeros((1, *setting.shape), setting.train_source.x.dtype)
     meta = jax.eval_shape(meta_job.outer.init, jax.random.key(config.seed), like).meta
     return checkpoint.restore(path / kept_name(name), meta)

@@ -17,16 +17,17 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from tabulate import tabulate
 
 from metaal_jax import learners, losses, models, outer_loop, tasks
 from metaal_jax.base import PyTree
+from metaal_jax.studies.options import FILE, check_options, parse
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.statistics import numbers, shown_plain
 from metaal_jax.studies.usage import arguments, command, main
@@ -57,7 +58,7 @@ class Config:
     """Test tasks; all learners get the same."""
     seed: int = 0
     """Of everything."""
-    save_results: str | None = None
+    save_results: Annotated[str | None, FILE] = None
     """Result file."""
 
 
@@ -90,6 +91,7 @@ def errors(meta: PyTree, shots: int, steps: int, config: Config) -> np.ndarray:
 
 def job(config: Config) -> None:
     """Trains, tests, prints the table."""
+    check_options(config)
     start = time.perf_counter()
     rows, pairs, table = [], [], []
     metas = {name: train(name, config) for name in LEARNERS}
@@ -117,7 +119,7 @@ if __name__ == "__main__":
 
     def run() -> None:
         """Parses and runs."""
-        config = tyro.cli(Config, description=__doc__)
+        config = parse(Config, __doc__)
         with arguments():
             job(config)
 

@@ -41,6 +41,7 @@ from metaal_jax.metrics import Score
 from metaal_jax.names import ALIASES, CANDIDATES, STRATEGIES, Given, build, find, listing
 from metaal_jax.policies.selector import SelectorState
 from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.options import RESULT_FOLDER, above, at_least, check_options, numbers_of, parse
 from metaal_jax.studies.processes import side_by_side
 from metaal_jax.studies.usage import UsageError, arguments, main, names, strategy_names
 from strategy_report import Cell, report
@@ -96,13 +97,13 @@ class Config:
     """Their weight decay."""
     refit_steps: int = 20
     """Steps of the linear layer where a strategy refits it by the thousand, at a rate higher in proportion."""
-    members: int = 20
+    members: Annotated[int, at_least(2)] = 20
     """Draws from the posterior that committee strategies see."""
-    joint_members: int = 100
+    joint_members: Annotated[int, at_least(2)] = 100
     """Draws for strategies that look at a sample of the pool."""
-    prior_precision: float = 20.0
+    prior_precision: Annotated[float, above(0)] = 20.0
     """Of the Laplace posterior: the reciprocal variance of each weight before any label."""
-    best: int = 5
+    best: Annotated[int, at_least(0)] = 5
     """How many of the best strategies adapt the whole network afterwards; 0 for none."""
     best_seeds: int = 4
     """Seeds of that."""
@@ -115,7 +116,7 @@ class Config:
     """Run folder."""
     resume: bool = False
     """Go on with the run in the folder."""
-    save_results: str | None = None
+    save_results: Annotated[str | None, RESULT_FOLDER] = None
     """Also write the results to this folder, one JSON file for each condition and embedding, and a summary."""
 
 
@@ -144,21 +145,13 @@ class Plan(NamedTuple):
 
 def make_plan(config: Config) -> Plan:
     """Checks the names and numbers; costly strategies first, so that no core waits at the end."""
+    check_options(config)
     named = lambda text: tuple(ALIASES.get(n, n) for n in strategy_names(text))  # noqa: E731
     chosen = tuple(STRATEGIES) if config.strategies == "all" else named(config.strategies)
     single = () if config.one_by_one in ("", "none") else named(config.one_by_one)
     conditions = names(config.conditions, CONDITIONS, "condition")
     embeddings = names(config.embeddings, EMBEDDINGS, "embedding")
-    for name in ("budget", "costly_budget", "pool", "test", "held_out", "seeds", "steps", "refit_steps", "best_seeds"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
-    for name in ("members", "joint_members"):
-        if getattr(config, name) < 2:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 2")
-    try:
-        batches = [] if config.batches == "none" else [int(part) for part in config.batches.split(",")]
-    except ValueError:
-        raise UsageError(f"--batches {config.batches!r} must be whole numbers, such as 10,50") from None
+    batches = [] if config.batches == "none" else numbers_of("--batches", config.batches, of=int, like="10,50")
     if not batches and not single:
         raise UsageError("neither --batches nor --one-by-one holds anything; give one of them")
     if min(batches, default=2) < 2 or len(set(batches)) < len(batches):
@@ -379,4 +372,4 @@ def job(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda: job(tyro.cli(Config)))
+    main(lambda: job(parse(Config)))

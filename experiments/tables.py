@@ -4,12 +4,14 @@
 `benchmarks/results/README.md` and `docs/regression.md`, which hold all others.
 """
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 from tabulate import tabulate
 
 from metaal_jax.studies.results import read_results
+from metaal_jax.studies.usage import main
 
 ROOT = Path(__file__).resolve().parent.parent
 LABELS = (10, 20, 30, 50, 100)
@@ -389,8 +391,14 @@ def documents() -> dict[Path, str]:
     return found
 
 
-if __name__ == "__main__":
+def write_all() -> None:
+    """Prints the tables of the project's README and writes the documents."""
+    argparse.ArgumentParser(description=(__doc__ or "").strip()).parse_args()
     for name, text in tables().items():
         print(f"{name}\n\n{text}\n")
     for path, text in documents().items():
         path.write_text(text)
+
+
+if __name__ == "__main__":
+    main(write_all)

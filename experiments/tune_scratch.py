@@ -16,20 +16,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from tqdm import tqdm
 
 from metaal_jax import data, learners, models, tasks
 from metaal_jax.base import Batch
 from metaal_jax.loop import evaluate
 from metaal_jax.metrics import interval
+from metaal_jax.studies.options import FILE, check_options, parse
 from metaal_jax.studies.results import environment, write_results
-from metaal_jax.studies.usage import UsageError, command, main
+from metaal_jax.studies.usage import UsageError, command, main, names
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Config:
     """Not the seed of the reported runs."""
     data_dir: str | None = None
     """Where TFDS sets are prepared."""
-    out: str | None = None
+    out: Annotated[str | None, FILE] = None
     """Result file."""
 
 
@@ -83,6 +84,8 @@ def job(config: Config) -> None:
     """The whole sweep."""
     if config.out is None:
         raise UsageError("give --out, the result file to write")
+    check_options(config)
+    names(",".join(config.norms), ("none", "group", "batch"), "norm")
     start = time.perf_counter()
     train = data.load(config.target, "train", data_dir=config.data_dir)
     rows = jax.device_put(tasks.class_data(train.x, train.y))
@@ -121,4 +124,4 @@ def job(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda: job(tyro.cli(Config)))
+    main(lambda: job(parse(Config)))

@@ -10,6 +10,7 @@ from metaal_jax import (
     losses,
     metrics,
     models,
+    names,
     parallel,
     policies,
     stopping,
@@ -30,6 +31,7 @@ from metaal_jax.base import (
     Trainable,
 )
 from metaal_jax.checks import check_learner, check_policy
+from metaal_jax.doors import compare, pick, suggest
 from metaal_jax.loop import active_learner
 from metaal_jax.outer import outer_loop
 
@@ -54,15 +56,19 @@ __all__ = [
     "check_learner",
     "check_policy",
     "checkpoint",
+    "compare",
     "data",
     "learners",
     "loop",
     "losses",
     "metrics",
     "models",
+    "names",
     "outer_loop",
     "parallel",
+    "pick",
     "policies",
     "stopping",
+    "suggest",
     "tasks",
 ]

@@ -65,12 +65,15 @@ def parts_of(
         classes=classes,
         learner=base,
         refit=quick or base,
-        loss_learner=learners.loss_predictor(
-            models.MLP(classes), optimizer=optax.adamw(1e-2, weight_decay=0.1), steps=60
-        ),
+        loss_learner=loss_learner(classes),
         posterior=names.posterior(base, members=members),
     )
     return Parts(base, start, policy)
+
+
+def loss_learner(classes: int) -> Learner:
+    """A network of two hidden layers that learns to foresee its loss, for the rule `predicted_loss`."""
+    return learners.loss_predictor(models.MLP(classes), optimizer=optax.adamw(1e-2, weight_decay=0.1), steps=60)
 
 
 def scaled(name: str, x: ArrayLike, scale: str) -> np.ndarray:
@@ -166,6 +169,19 @@ def classes_of(door: str, known: Mapping[int, Hashable], state: Memory | None) -
     except TypeError:
         new = sorted(new, key=lambda label: (type(label).__name__, str(label)))
     return (*before, *new)
+
+
+def class_numbers(door: str, y: Any, n: int) -> tuple[tuple[Hashable, ...], np.ndarray]:
+    """The labels in the order of their numbers, and the number of each row's, int32 `[n]`; every row must have one."""
+    known = known_labels(door, y if isinstance(y, Mapping) else list(np.asarray(y, object)), n, None)
+    missing = next((row for row in range(n) if row not in known), None)
+    if missing is not None:
+        raise ValueError(f"{door}: row {missing} has no label; leave out rows without one")
+    classes = classes_of(door, known, None)
+    if len(classes) < 2:
+        raise ValueError(f"{door}: all rows have the label {classes[0]!r}; there is nothing to learn")
+    place = {label: number for number, label in enumerate(classes)}
+    return classes, np.asarray([place[known[row]] for row in range(n)], np.int32)
 
 
 def check_count(door: str, k: object) -> None:

@@ -11,7 +11,7 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from metaal_jax import inputs, learners, losses, names, tasks
-from metaal_jax.base import Batch, Decision, PoolView, Prediction, Problem, PyTree, on_device
+from metaal_jax.base import Batch, Decision, PoolView, Prediction, Problem, PyTree
 from metaal_jax.door_inputs import (
     Labels,
     LearnerLike,
@@ -27,6 +27,9 @@ from metaal_jax.door_inputs import (
 )
 from metaal_jax.loop import active_learner
 from metaal_jax.rows import predict_pool
+from metaal_jax.studies.comparison import compare
+
+__all__ = ["Pick", "Suggestion", "compare", "pick", "suggest"]
 
 CHUNK = 5000  # rows predicted at a time
 
@@ -218,9 +221,10 @@ def pick(
     index = inputs.row_numbers("pick", list(labelled), count=n, what="labelled")
     order = [row for row in before if row in set(index.tolist())]
     order += [row for row in index.tolist() if row not in set(order)]
-    y = np.zeros(len(order), np.int32)
+    targets = found.labels == "targets"
+    y = np.zeros((len(order), outputs.shape[-1]), np.float32) if targets else np.zeros(len(order), np.int32)
     if isinstance(labelled, Mapping) and order:
-        limit = outputs.shape[-1] if found.labels == "classes" and "logits" in given else None
+        limit = outputs.shape[-1] if not targets and "logits" in given else None
         y = np.asarray(inputs.labels("pick", [labelled[row] for row in order], count=len(order), what="labelled",
                                      classes=limit))  # fmt: skip
     left = n - len(order)
@@ -230,25 +234,25 @@ def pick(
     queried = np.zeros(n, bool)
     queried[order] = True
     view = PoolView(
-        x=np.zeros((n, 1), np.float32),
-        row=np.arange(n, dtype=np.int32),
-        weight=np.ones(n, np.float32),
-        queried=queried,
-        cost=np.ones(n, np.float32),
-        prediction=Prediction(outputs, vectors[None]),
+        x=jnp.zeros((n, 1)),
+        row=jnp.arange(n, dtype=jnp.int32),
+        weight=jnp.ones(n),
+        queried=jnp.zeros(n, bool).at[np.asarray(order, np.int32)].set(True),
+        cost=jnp.ones(n),
+        prediction=Prediction(jnp.asarray(outputs), jnp.asarray(vectors)[None]),
         labelled=Batch(
-            x=np.zeros((capacity, 1), np.float32),
-            y=np.concatenate([y, np.zeros((spare, *y.shape[1:]), y.dtype)]),
-            weight=(np.arange(capacity) < len(order)).astype(np.float32),
+            x=jnp.zeros((capacity, 1)),
+            y=jnp.concatenate([jnp.asarray(y), jnp.zeros((spare, *y.shape[1:]), y.dtype)]),
+            weight=(jnp.arange(capacity) < len(order)).astype(jnp.float32),
         ),
-        labelled_index=np.asarray([*order, *[-1] * spare], np.int32),
+        labelled_index=jnp.asarray([*order, *[-1] * spare], jnp.int32),
         meta=(),
         params=(),
-        budget=np.float32(capacity),
-        spent=np.float32(len(order)),
+        budget=jnp.float32(capacity),
+        spent=jnp.float32(len(order)),
     )
     decision, policy = _chooser(strategy, asked, classes, rounds)(
-        jax.random.key(seed), () if state is None else state.policy, on_device(view)
+        jax.random.key(seed), () if state is None else state.policy, view
     )
     picked = _rows(decision)[:left]
     if not details:

@@ -107,7 +107,7 @@ MISTAKES = {
     "two targets": ("many_targets", {"targets": "iris,iris"}, "is empty or names one twice"),
     "one rule": ("many_targets", {"targets": "iris", "strategies": "margin"}, "must hold random and a rule"),
     "left out": ("evaluate_policy", {"policies": "cifar10", "without": "margn"}, "unknown rule to leave out .margn."),
-    "batches": ("evaluate_policy", {"policies": "cifar10", "batches": "1,0"}, "must be different numbers from 2 on"),
+    "batches": ("evaluate_policy", {"policies": "cifar10", "batches": "1,0"}, "--batches .1,0.: 0 must be at least 1"),
 }  # fmt: skip
 
 

@@ -54,7 +54,10 @@ def test_what_training_leaves_and_how_it_goes_on(scripts, meta_run, trained, tmp
     short = (tmp_path / "run" / "steps" / "piece-01.jsonl").read_bytes()
     script.job(script.Config(**options, resume=True))
     assert (tmp_path / "run" / "steps" / "piece-01.jsonl").read_bytes() == short
-    last = [json.loads((run / "steps" / "piece-02.jsonl").read_text()) for run in (tmp_path / "run", trained)]
+    last = [
+        json.loads((run / "steps" / "piece-02.jsonl").read_text().splitlines()[1])
+        for run in (tmp_path / "run", trained)
+    ]
     assert last[0]["validation"] == last[1]["validation"]
     assert last[0]["grad_norm_1"] == last[1]["grad_norm_1"]
 

@@ -11,6 +11,7 @@ from scipy.stats import ttest_1samp
 
 from metaal_jax.studies import results, statistics, usage
 from metaal_jax.studies.processes import side_by_side
+from metaal_jax.studies.study import Study
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "experiments"
 
@@ -18,7 +19,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "experiments"
 @pytest.fixture(scope="module")
 def scripts():
     sys.path.insert(0, str(SCRIPTS))
-    yield {name: importlib.import_module(name) for name in ("report", "strategy_report")}
+    yield {name: importlib.import_module(name) for name in ("strategy_report",)}
     sys.path.remove(str(SCRIPTS))
 
 
@@ -85,7 +86,6 @@ def test_ranks_put_nan_last():
 
 def test_results_are_json_that_everybody_reads(scripts, tmp_path):
     """With one seed intervals are infinite, and a loss may be: `null`, where Python would write words of its own."""
-    report = scripts["report"]
     rows = [
         statistics.numbers(np.asarray([0.5])),
         {"mean": float("nan"), "config": {"beta": float("inf")}, "of": [1, -np.inf]},

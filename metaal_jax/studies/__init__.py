@@ -1,9 +1,20 @@
 """A comparison as library code: run folders, cells over seeds, paired statistics, results in one form.
 
-Nothing here is imported by `import metaal_jax`, and what belongs to the extra `experiments` is imported in the function
-that needs it.
+What belongs to the extra `experiments` is imported in the function that needs it.
 """
 
-from metaal_jax.studies import files, folder, processes, results, statistics, usage
+from metaal_jax.studies import comparison, files, folder, options, processes, results, statistics, study, usage
+from metaal_jax.studies.study import Study
 
-__all__ = ["files", "folder", "processes", "results", "statistics", "usage"]
+__all__ = [
+    "Study",
+    "comparison",
+    "files",
+    "folder",
+    "options",
+    "processes",
+    "results",
+    "statistics",
+    "study",
+    "usage",
+]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -13,7 +12,7 @@ from metaal_jax import data as sources
 from metaal_jax import learners, names, tasks
 from metaal_jax.base import Policy, Problem, PyTree
 from metaal_jax.door_inputs import LearnerLike, class_numbers, learner_of, parts_of, scaled, strategy_of
-from metaal_jax.loop import active_learner, evaluate
+from metaal_jax.loop import active_learner
 from metaal_jax.metrics import Score
 from metaal_jax.studies.study import Study
 
@@ -126,7 +125,8 @@ def _experiment(
         meta_key, loop_key = jax.random.split(key)
         meta = parts.start(meta_key, problem.x)
         params = chooser.init(meta_key) if policy is not None else names.find(name).params(problem)
-        return active.run(loop_key, meta, params, problem, rounds=budget // k)[1].test
+        score: Score = active.run(loop_key, meta, params, problem, rounds=budget // k)[1].test
+        return score
 
     return run
 
@@ -142,9 +142,7 @@ def _rows_of(data: Data) -> tuple[Any, Any, str]:
     raise ValueError(f"compare: data must be (x, y), a name or a path, got a {type(data).__name__}")
 
 
-def _sizes(
-    n: int, *, pool: int | None, test: int | None, budget: int, batch_size: int, seeds: int
-) -> dict[str, int]:
+def _sizes(n: int, *, pool: int | None, test: int | None, budget: int, batch_size: int, seeds: int) -> dict[str, int]:
     """Checked numbers of pool and test rows."""
     for name, value, least in (("budget", budget, 1), ("batch_size", batch_size, 1), ("seeds", seeds, 1),
                                ("pool", pool, 1), ("test", test, 1)):  # fmt: skip

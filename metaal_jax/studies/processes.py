@@ -38,6 +38,20 @@ def _call(function: Callable[..., None], task: Any) -> None:
 
 
 @contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What starts here is without XLA's notes, say on slow compilation, which would land in a progress bar.
+
+    Errors are raised nonetheless. JAX itself sets the level 1; another one is the user's, and stays.
+    """
+    level = os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1")
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3" if level == "1" else level
+    try:
+        yield
+    finally:
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = level
+
+
+@contextlib.contextmanager
 def side_by_side(function: Callable[..., None], shared: Any, tasks: Iterable[Any]) -> Iterator[Callable[[Any], Any]]:
     """Runs `function(shared, task, send)` for every task; gives `wait(name)`, the value of `send(name, value)`.
 
@@ -97,8 +111,9 @@ def side_by_side(function: Callable[..., None], shared: Any, tasks: Iterable[Any
     pool = ProcessPoolExecutor(len(cores), context, _begin, (jax.device_get(shared), free, results, os.getpid()))
     threading.Thread(target=collect, daemon=True).start()
     try:
-        for task in tasks:
-            pool.submit(_call, function, task).add_done_callback(ended)
+        with _quiet():  # processes start as tasks come
+            for task in tasks:
+                pool.submit(_call, function, task).add_done_callback(ended)
         yield wait
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -32,7 +32,7 @@ class Study:
     labels: NDArray[Any]
     curves: Mapping[Arm, Mapping[str, NDArray[Any]]]
     final: Mapping[Arm, Mapping[str, NDArray[Any]]] = field(default_factory=dict)
-    about: Mapping[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
 
     def at(self, arm: Arm, metric: str, labels: int) -> NDArray[Any]:
         """One value per seed at a number of labels; raises a ValueError for one that the curves do not have."""
@@ -48,15 +48,14 @@ class Study:
 
     def labels_to(self, arm: Arm, target: float) -> NDArray[Any]:
         """Labels at which each seed's curve reaches a target accuracy, infinity where it does not."""
-        reached: NDArray[Any] = labels_to_reach(self.labels, self.curves[arm]["accuracy"], target)
-        return reached
+        return np.asarray(labels_to_reach(self.labels, self.curves[arm]["accuracy"], target))
 
     def columns(self) -> list[int]:
         """The columns of a table: a handful of the numbers of labels."""
         labels = [int(n) for n in self.labels]
         if len(labels) <= 6:
             return labels
-        usual = [n for n in (10, 20, 30, 50, 100, 200, 300) if n in labels]
+        usual = [n for n in labels if n in (10, 20, 30, 50, 100, 200, 300)]
         return usual if len(usual) >= 3 else [labels[i] for i in np.linspace(0, len(labels) - 1, 5).astype(int)]
 
     def table(self, *, targets: Sequence[float] = TARGETS, metric: str = "accuracy") -> str:
@@ -96,22 +95,21 @@ class Study:
         if not pairs:
             raise ValueError(f"paired: no arm to compare with {to!r}; the arms are {', '.join(map(str, self.curves))}")
         rows: list[Record] = []
-        for labels in (None, *self.columns()):
-            value = (lambda arm: self.area(arm, metric)) if labels is None else (
-                lambda arm, labels=labels: self.at(arm, metric, labels))  # fmt: skip
-            differences = {arm: value(arm) - value(other) for arm, other in pairs}
-            p = {arm: paired_p(values) for arm, values in differences.items()}
+        last = int(self.labels[-1])
+        points = [("area", last, {arm: self.area(arm, metric) for arm in self.curves})]
+        points += [(metric, n, {arm: self.at(arm, metric, n) for arm in self.curves}) for n in self.columns()]
+        for name, labels, values in points:
+            differences = {(a, b): values[a] - values[b] for a, b in pairs}
+            p = {both: paired_p(difference) for both, difference in differences.items()}
             corrected = holm(p)
-            for arm, other in pairs:
-                rows.append(pair(arm, other, "area" if labels is None else metric,
-                                 int(self.labels[-1]) if labels is None else labels, differences[arm])
-                            | {"p": p[arm], "p_holm": corrected[arm]})  # fmt: skip
+            rows += [pair(*both, name, labels, difference) | {"p": p[both], "p_holm": corrected[both]}
+                     for both, difference in differences.items()]  # fmt: skip
         return rows
 
     def rows(self) -> list[Record]:
         """All curves, areas and labels to reach a target, in the results' form."""
         rows: list[Record] = []
-        where = {name: self.about[name] for name in ("source", "target") if name in self.about}
+        where: Record = {name: self.about[name] for name in ("source", "target") if name in self.about}
 
         def add(arm: Arm, metric: str, labels: int, values: NDArray[Any]) -> None:
             rows.append({"learner": arm[0], "strategy": arm[1], **where, "metric": metric, "labels": labels,
@@ -168,7 +166,7 @@ class Study:
         learners, strategies = (list(dict.fromkeys(arm[i] for arm in self.curves)) for i in (0, 1))
         by_learner = len(strategies) > 1 or len(learners) == 1
         panels, lines = (learners, strategies) if by_learner else (strategies, learners)
-        styles = [(colour, dash) for dash in ("-", "--", ":", "-.") for colour in colormaps["tab10"].colors]
+        styles = [(colour, dash) for dash in ("-", "--", ":", "-.") for colour in colormaps["tab10"](range(10))]
         style = dict(zip(lines, styles, strict=False))
         width = max(3.4 * len(panels), 5.0 if by_learner else 8.0)
         figure = Figure(figsize=(width, 3.8 if by_learner else 5.0))
@@ -199,5 +197,5 @@ class Study:
 
 def pair(a: Arm, b: Arm, metric: str, labels: int, values: NDArray[Any]) -> Record:
     """A paired difference of two arms, in the results' form."""
-    name = lambda arm: {"learner": arm[0], "strategy": arm[1]}  # noqa: E731
-    return {"a": name(a), "b": name(b), "metric": metric, "labels": labels, **numbers(values, "difference")}
+    first, second = ({"learner": arm[0], "strategy": arm[1]} for arm in (a, b))
+    return {"a": first, "b": second, "metric": metric, "labels": labels, **numbers(values, "difference")}

@@ -4,10 +4,13 @@ import contextlib
 import difflib
 import errno
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from metaal_jax.checkpoint import CheckpointError
 from metaal_jax.data import DataError
@@ -18,6 +21,12 @@ class UsageError(Exception):
     """Something that the user can mend; shown as one line, without a traceback."""
 
 
+# Where a place is wrong or a disk is full, and not the program.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PLACE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG,
+          errno.ELOOP, errno.EIO, errno.ENOTEMPTY)  # fmt: skip
+
+
 def main(function: Callable[[], None]) -> None:
     """Runs a script's main function; errors that the user can mend become one line and exit status 2."""
     try:
@@ -25,16 +34,36 @@ def main(function: Callable[[], None]) -> None:
     except (UsageError, DataError, CheckpointError) as error:
         sys.exit(_say(str(error)))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (*_FULL, *_PLACE):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        sys.exit(_say(f"{error.strerror}{where}; finished steps are kept: make room, then go on with --resume"))
+        mend = "make room" if error.errno in _FULL else "let it be written"
+        sys.exit(_say(f"{error.strerror}{where}; finished steps are kept: {mend}, then go on with --resume"))
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(_say("not enough memory; finished steps are kept: ask for less, such as fewer rows, seeds or filters"))
     except KeyboardInterrupt:
-        sys.exit(_say("interrupted; finished steps are kept: go on with --resume", 130))
+        _leave(_say("interrupted; finished steps are kept: go on with --resume", 130))
 
 
-def _say(message: str, status: int = 2) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+def _leave(status: int) -> None:
+    """Ends the process at once: XLA may be computing in other threads, which dies of the interpreter's usual end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def warn(message: str) -> None:
+    """One line on stderr, below the progress bars that stand there."""
+    _say(message, word="warning")
+
+
+def _say(message: str, status: int = 2, word: str = "error") -> int:
+    # A bar that is left open would have this on its line, and draw itself once more behind it.
+    for bar in list(getattr(getattr(sys.modules.get("tqdm"), "tqdm", None), "_instances", ())):
+        bar.close()
+    print(f"{word}: " + " ".join(message.split()), file=sys.stderr)
     return status
 
 

@@ -1,0 +1,211 @@
+"""Options that are checked before anything is computed: numbers in their range, places that can be written.
+
+A config is a dataclass. What its fields allow follows from their types, and where that is not right, from a `Range` or
+a `Place` in `typing.Annotated`:
+
+    members: Annotated[int, at_least(2)] = 4
+    held_out: Annotated[int, at_least(0)] = 0
+    save_results: Annotated[str | None, RESULT_FILE] = None
+
+Without one, an `int` is at least 1, or as `SEED` says if its name ends in `seed`; a `float` is finite and at least 0.
+"""
+
+import contextlib
+import dataclasses
+import io
+import math
+import re
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from metaal_jax.studies.files import why_not_writable
+from metaal_jax.studies.usage import UsageError, need
+
+C = TypeVar("C")
+FLOAT32_MAX = 3.4028234663852886e38
+INT32_MAX = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers that are allowed, as `int` or `float` hold them on a device.
+
+    Attributes:
+      least, most: the ends, which are allowed themselves.
+      above: whether `least` is not.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+
+    def why_not(self, value: float) -> str | None:
+        """Why a number is not allowed, for `... must be ...`; None for one that is."""
+        whole = isinstance(value, int)
+        largest = INT32_MAX if whole and self.most == math.inf else FLOAT32_MAX
+        words = [] if whole or abs(value) <= FLOAT32_MAX else ["a finite number"]  # NaN compares with nothing
+        if self.most < math.inf and not self.least <= value <= self.most:
+            return " ".join([*words, f"from {self.least:.10g} to {self.most:.10g}"])
+        low = value <= self.least if self.above else value < self.least
+        if self.least > -math.inf and (words or low):
+            words.append(f"{'above' if self.above else 'at least'} {self.least:.10g}")
+        if not words and abs(value) > largest:
+            words.append(f"at most {largest}")
+        return ", ".join(words) or None
+
+
+def at_least(least: float) -> Range:
+    """That number or more."""
+    return Range(least)
+
+
+def above(least: float) -> Range:
+    """More than that number."""
+    return Range(least, above=True)
+
+
+def between(least: float, most: float) -> Range:
+    """From one number to another."""
+    return Range(least, most)
+
+
+SEED = between(0, 2**32 - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What is written where an option says.
+
+    Attributes:
+      folder: a folder, or else a file.
+      picture: whether a picture is written beside the file, with the ending `.png`.
+    """
+
+    folder: bool = False
+    picture: bool = False
+
+
+RESULT_FILE, RESULT_FOLDER, FILE = Place(picture=True), Place(folder=True), Place()
+
+
+def parse(config: type[C], description: str | None = None) -> C:
+    """The command line as a config.
+
+    Raises:
+      UsageError: for words that are no options of it, or not of their type.
+    """
+    tyro = need("tyro", extra="experiments")
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            found: C = tyro.cli(config, description=description)
+        except SystemExit as ended:
+            if ended.code in (0, None):
+                raise
+            raise UsageError(_in_one_line(said.getvalue())) from None
+    return found
+
+
+def _in_one_line(said: str) -> str:
+    """What Tyro says in a box: its first part, and the options that it takes to be meant."""
+    plain = re.sub(r"\x1b\[[\d;]*m", "", said)
+    plain = re.sub(r"^╭.*$|^╰.*$", "", plain, flags=re.MULTILINE)
+    first, *others = re.split(r"^│ ─+ │$", plain, flags=re.MULTILINE)
+    words = " ".join(first.replace("│", " ").split()).rstrip(".")
+    meant = [name for part in others if "meant" in part for name in re.findall(r"^│ +(--[\w-]+)", part, re.MULTILINE)]
+    hint = f"; did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else ";"
+    return f"{words}{hint} --help shows all options"
+
+
+def check_options(config: Any) -> None:
+    """Checks every number and place among the fields of a config, and of the dataclasses in it.
+
+    None is allowed where the type says so. Places are tried: nothing is left there.
+
+    >>> from typing import Annotated
+    >>> @dataclasses.dataclass
+    ... class Config:
+    ...     rate: float = 0.1
+    ...     members: Annotated[int, at_least(2)] = 4
+    >>> check_options(Config())
+    >>> check_options(Config(rate=float("nan")))
+    Traceback (most recent call last):
+      ...
+    metaal_jax.studies.usage.UsageError: --rate nan must be a finite number, at least 0
+
+    Raises:
+      UsageError: naming the option, what it was and what it may be.
+    """
+    _check(config, "")
+
+
+def _check(config: Any, inside: str) -> None:
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):
+        value, option = getattr(config, field.name), f"{inside}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            _check(value, f"{option}.")
+            continue
+        marks = getattr(hints[field.name], "__metadata__", ())
+        for place in (mark for mark in marks if isinstance(mark, Place) and value is not None):
+            check_place(f"--{option}", value, place)
+        declared = next((mark for mark in marks if isinstance(mark, Range)), None)
+        real = float in _types(hints[field.name])
+        if isinstance(value, list | tuple) and not value:
+            raise UsageError(f"--{option} is empty; give something, or leave it out")
+        for one in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(one, int | float) and not isinstance(one, bool):
+                usual = SEED if field.name.endswith("seed") else at_least(0 if real else 1)
+                _check_number(f"--{option} {one}", float(one) if real else one, declared or usual)
+
+
+def _types(hint: Any) -> set[Any]:
+    """The types in a hint, those of an alternative or of a tuple's members too."""
+    return {hint}.union(*map(_types, typing.get_args(hint)))
+
+
+def _check_number(what: str, value: float, allowed: Range) -> None:
+    if why := allowed.why_not(value):
+        raise UsageError(f"{what} must be {why}")
+
+
+def numbers_of(
+    option: str, text: str, *, of: type[int] | type[float], like: str, allowed: Range = Range(1)
+) -> list[Any]:
+    """Comma-separated numbers of an option, checked.
+
+    >>> numbers_of("--batches", "1,10", of=int, like="1,10")
+    [1, 10]
+
+    Args:
+      option: its name, for messages.
+      text: what was given.
+      of: `int` or `float`.
+      like: an example of what may be given.
+      allowed: the range of each.
+
+    Raises:
+      UsageError: for words that are no numbers, numbers that are not allowed, and none.
+    """
+    found = []
+    for word in text.split(","):
+        try:
+            found.append(of(word))
+        except ValueError:
+            kind = "whole numbers" if of is int else "numbers"
+            raise UsageError(f"{option} {text!r} must be {kind} with commas between them, such as {like}") from None
+        _check_number(f"{option} {text!r}: {word.strip()}", found[-1], allowed)
+    return found
+
+
+def check_place(option: str, path: str | Path, place: Place) -> None:
+    """Checks that something can be written to a path, before it is there to be written.
+
+    Raises:
+      UsageError: with the reason that the system gives.
+    """
+    path = Path(path)
+    if place.picture and path.suffix == ".png":
+        raise UsageError(f"{option} {path}: a picture is written beside this file, under that name; end it in .json")
+    if why := why_not_writable(path, folder=place.folder):
+        raise UsageError(f"{why}; give another {option}")
