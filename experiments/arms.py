@@ -13,6 +13,7 @@ from meta_learners import META_LEARNERS, OWN_HEAD, SEMI_SUPERVISED, make_meta_le
 from metaal_jax import acquisition, learners, models
 from metaal_jax.acquisition import predict_pool
 from metaal_jax.base import Batch, Learner, Policy, Problem, PyTree
+from metaal_jax.learners import without_head
 from metaal_jax.loop import active_learner, evaluate, grow
 from metaal_jax.metrics import Score
 from metaal_jax.names import Given, build, find
@@ -71,13 +72,6 @@ def make_model(classes: int, shape: tuple[int, ...], config: Any) -> nn.Module:
         return models.MLP(classes, hidden=(64, 64))
     blocks = config.blocks or (4 if min(shape[:2]) >= 16 else 2)
     return models.Conv4(classes, filters=config.filters, blocks=blocks, norm=config.norm)
-
-
-def without_head(model: nn.Module, meta: PyTree, x: PyTree) -> PyTree:
-    """Meta-parameters for `model` with the body of `meta` and a head of zeros, whatever its number of classes was."""
-    fresh = jax.eval_shape(model.init, jax.random.key(0), jax.tree.map(lambda leaf: leaf[:1], x))
-    head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh["params"]["head"])
-    return {**meta, "params": {**meta["params"], "head": head}}
 
 
 def make_embed(model: nn.Module, chunk: int) -> Callable[[PyTree, PyTree], Array]:

@@ -48,6 +48,13 @@ def rows(name: str, x: PyTree, *, what: str = "x") -> PyTree:
                 f"{name}: {label}[{', '.join(map(str, cell))}] is {np.asarray(leaf)[cell]}; fill in or leave out rows "
                 "with missing values"
             )
+        kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        if kept == np.float32 != leaf.dtype and (beyond := np.abs(leaf) > np.finfo(np.float32).max).any():
+            cell = tuple(int(i) for i in np.argwhere(beyond)[0])
+            raise ValueError(
+                f"{name}: {label}[{', '.join(map(str, cell))}] is {leaf[cell]}, beyond what float32 holds; give the "
+                "column another unit"
+            )
     if rows_of(x) == 0:
         raise ValueError(f"{name}: {what} has no rows")
     return jax.tree.map(jnp.asarray, x)

@@ -11,12 +11,16 @@ from metaal_jax.learners.logistic import linear, logistic_head
 from metaal_jax.learners.loss_prediction import loss_predictor
 from metaal_jax.learners.maml import anil, fine_tune, implicit_maml, maml, maml_plus_plus, meta_sgd, reptile
 from metaal_jax.learners.meta_gradient import annealed, implicit, reptile_difference, through
+from metaal_jax.learners.saved import META_LEARNERS, MetaLearner, Trained, load, save
 from metaal_jax.learners.seen_classes import seen_classes
 from metaal_jax.learners.semi_supervised import label_propagation, pseudo_labels
-from metaal_jax.learners.transfer import transfer
+from metaal_jax.learners.transfer import transfer, without_head
 
 __all__ = [
+    "META_LEARNERS",
     "Adaptation",
+    "MetaLearner",
+    "Trained",
     "anil",
     "annealed",
     "closed_form",
@@ -29,6 +33,7 @@ __all__ = [
     "label_propagation",
     "laplace",
     "linear",
+    "load",
     "logistic_head",
     "loss_predictor",
     "maml",
@@ -43,9 +48,11 @@ __all__ = [
     "reptile",
     "reptile_difference",
     "ridge_head",
+    "save",
     "seen_classes",
     "support_statistics",
     "svm_head",
     "through",
     "transfer",
+    "without_head",
 ]

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from metaal_jax.base import PyTree
 
@@ -35,3 +37,19 @@ def transfer(source: PyTree, fresh: PyTree) -> PyTree:
         return leaf
 
     return jax.tree_util.tree_map_with_path(one, fresh)
+
+
+def without_head(model: nn.Module, meta: PyTree, x: PyTree) -> PyTree:
+    """Meta-parameters for `model` with the body of `meta` and a head of zeros, whatever its number of classes was.
+
+    What a learner that finds its last layer from the labels starts a new task from: without a label all classes are as
+    probable as each other. Learned hyperparameters are kept.
+
+    Args:
+      model: a network whose last layer is named `head`, with as many classes as the new task.
+      meta: meta-parameters of a learner with this network, of any number of classes.
+      x: rows of the new task, leaves `[n, ...]`; only shapes matter.
+    """
+    fresh = jax.eval_shape(model.init, jax.random.key(0), jax.tree.map(lambda leaf: leaf[:1], x))
+    head = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), fresh["params"]["head"])
+    return {**meta, "params": {**meta["params"], "head": head}}

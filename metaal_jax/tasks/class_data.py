@@ -18,12 +18,15 @@ class ClassData(NamedTuple):
       y: int32 `[n]`, classes 0..c-1.
       rows: int32 `[c, most]`, the rows of each class, padded with 0 beyond `count`.
       count: int32 `[c]`.
+      sets: int32 `[s, most]`, which classes stand together, padded with a class without rows: a task then draws its
+        classes from one of the `s` sets, see `class_sets`. None where all classes are of one set.
     """
 
     x: PyTree
     y: Array
     rows: Array
     count: Array  # type: ignore[assignment]
+    sets: Array | None = None
 
 
 def class_data(x: PyTree, y: np.ndarray, *, classes: np.ndarray | None = None) -> ClassData:
@@ -83,6 +86,16 @@ def check_count(function: str, name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{function}: {name} must be {kind}, got {value!r}")
 
 
+def require_one_set(function: str, *data: ClassData) -> None:
+    """Raises a `ValueError` for classes of several sets, where those of one are wanted."""
+    for one in data:
+        if one.sets is not None:
+            raise ValueError(
+                f"{function}: the classes are of {one.sets.shape[0]} sets, and a problem is of one; give class_data(x, "
+                "y) of a single set"
+            )
+
+
 def check_rotations(function: str, x: PyTree) -> None:
     """Raises a `ValueError` unless some leaf of `x` holds images that a quarter turn changes, and all are square.
 
@@ -135,12 +148,22 @@ def _check_rows(x: PyTree) -> None:
 
 
 def draw_classes(key: Array, data: ClassData, ways: int, rotations: bool) -> tuple[Array, Array]:
-    """`ways` distinct classes in random order and how many quarter turns each takes."""
-    classes = data.count.shape[0] * (4 if rotations else 1)
+    """`ways` distinct classes in random order and how many quarter turns each takes.
+
+    Of several sets one is drawn first, evenly. Where it has fewer classes, those without rows follow the real ones.
+    """
+    own = jnp.arange(data.count.shape[0])
+    if data.sets is not None:
+        set_key, key = jax.random.split(key)
+        own = data.sets[jax.random.randint(set_key, (), 0, data.sets.shape[0])]
+    classes = own.shape[0] * (4 if rotations else 1)
     if ways > classes:
         raise ValueError(f"{ways} ways wanted, the set has {classes} classes; ask for fewer ways")
-    drawn = jax.random.permutation(key, classes)[:ways]
-    return drawn % data.count.shape[0], drawn // data.count.shape[0]
+    drawn = jax.random.permutation(key, classes)
+    if data.sets is not None:
+        drawn = drawn[jnp.argsort(data.count[own[drawn % own.shape[0]]] == 0)]  # stable: the order stays random
+    drawn = drawn[:ways]
+    return own[drawn % own.shape[0]], drawn // own.shape[0]
 
 
 def draw_rows(key: Array, data: ClassData, label: Array, k: int) -> tuple[Array, Array]:

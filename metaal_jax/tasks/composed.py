@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from metaal_jax.base import Batch, Problem, empty_batch, require, take
-from metaal_jax.tasks.class_data import ClassData, check_count
+from metaal_jax.tasks.class_data import ClassData, check_count, require_one_set
 
 
 def composed_problems(
@@ -53,6 +53,7 @@ def composed_problems(
     def sample(key: Array, data: ClassData) -> Problem:
         keys = jax.random.split(key, 8)
         class_key, many_key, there_key, share_key, order_key, rare_key, held_key, pool_key = keys
+        require_one_set("composed_problems", data)
         classes, most = data.rows.shape
         if classes < ways * parts:
             raise ValueError(

@@ -11,31 +11,43 @@ from metaal_jax.base import Batch, Task, empty_batch, require
 from metaal_jax.tasks.class_data import ClassData, check_count, check_rotations, draw_classes, draw_rows, gather
 
 
-def few_shot(*, ways: int, shots: int, queries: int, rotations: bool = False) -> Callable[[Array, ClassData], Task]:
+def few_shot(
+    *, ways: int, shots: int, queries: int, smallest: int | None = None, rotations: bool = False
+) -> Callable[[Array, ClassData], Task]:
     """Tasks of `ways` classes with `shots` support and `queries` query rows each; labels are a random permutation.
 
     Args:
       ways, shots, queries: per task, per class, per class.
+      smallest: draws the number of support rows of a class evenly from `smallest` to `shots`, once a task; the others
+        have weight 0. None for `shots` in every task.
       rotations: counts each class rotated by 90, 180 and 270 degrees as three more classes (square images).
 
     Returns:
       A sampler `(key, data) -> Task`. Rows that a class does not have get weight 0, support before query.
 
     Raises:
-      ValueError: for numbers that are no positive integers; in the sampler for more ways than classes, or for rotations
-        of rows that are no square images.
+      ValueError: for numbers that are no positive integers or `smallest > shots`; in the sampler for more ways than
+        classes, or for rotations of rows that are no square images.
 
     Reference: Vinyals et al.: Matching Networks for One Shot Learning, 2016.
     """
     for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
         check_count("few_shot", name, value)
+    if smallest is not None:
+        check_count("few_shot", "smallest", smallest)
+        require(smallest <= shots, f"few_shot: smallest must be at most the {shots} shots, got {smallest}")
 
     def sample(key: Array, data: ClassData) -> Task:
         if rotations:
             check_rotations("few_shot", data.x)
+        if smallest is not None:
+            size_key, key = jax.random.split(key)
         class_key, row_key = jax.random.split(key)
         label, turn = draw_classes(class_key, data, ways, rotations)
         row, real = draw_rows(row_key, data, label, shots + queries)
+        if smallest is not None:
+            place = jnp.arange(shots + queries)
+            real &= ((place < jax.random.randint(size_key, (), smallest, shots + 1)) | (place >= shots))[None]
         x = gather(data, row, turn[:, None] if rotations else None)
         y = jnp.broadcast_to(jnp.arange(ways, dtype=jnp.int32)[:, None], row.shape)
 
@@ -95,6 +107,7 @@ def growing(
         row, real = draw_rows(row_key, data, label, min(queries + labels, data.rows.shape[1]))
         width = row.shape[1]
         share = jax.random.dirichlet(share_key, jnp.full(ways, concentration))
+        share = jnp.where(real[:, 0], share, 0.0)  # a set of fewer classes has none of the last ones
         y = jax.random.categorical(spread_key, jnp.log(share), shape=(labels,)).astype(jnp.int32)
         # The j-th support row of a class takes the j-th of its drawn rows that is not a query row.
         place = queries + (jnp.cumsum(jax.nn.one_hot(y, ways, dtype=jnp.int32), 0) - 1)[jnp.arange(labels), y]

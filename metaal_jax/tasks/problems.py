@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from metaal_jax import inputs
 from metaal_jax.base import Batch, Problem, PyTree, empty_batch, require, rows_of, take
-from metaal_jax.tasks.class_data import ClassData
+from metaal_jax.tasks.class_data import ClassData, require_one_set
 
 
 class ProblemData(NamedTuple):
@@ -221,6 +221,7 @@ def problems(
 
     def sample(key: Array, data: ProblemData) -> Problem:
         class_key, order_key, pool_key, test_key, mix_key, noise_key = jax.random.split(key, 6)
+        require_one_set("problems", data.pool, data.test)
         classes, distinct = data.pool.count.shape[0], pool // duplicates
         for split, wanted in (("pool", distinct + validation), ("test", test)):
             have = getattr(data, split).y.shape[0]

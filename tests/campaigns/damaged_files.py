@@ -2,10 +2,10 @@
 
     python tests/campaigns/damaged_files.py [--times 300] [--seed 0]
 
-Checkpoints, saved policies, the cache of decoded sets and local `.npz` files are cut short, changed in a few bytes,
-overwritten in blocks, lengthened, emptied, or taken away, `--times` times each kind. A damaged cache must be found out,
-since it is then made anew. The last line sums up; the exit status is 1 where something else came back or another error
-was raised. Gate: `tests/test_damaged_files.py` does the same a few times. About half a minute.
+Checkpoints, saved policies and learners, the cache of decoded sets and local `.npz` files are cut short, changed in a
+few bytes, overwritten in blocks, lengthened, emptied, or taken away, `--times` times each kind. A damaged cache must be
+found out, since it is then made anew. The last line sums up; the exit status is 1 where something else came back or
+another error was raised. Gate: `tests/test_damaged_files.py` does the same a few times. About half a minute.
 """
 
 import argparse
@@ -24,7 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from metaal_jax import checkpoint, data, models, policies
+from metaal_jax import checkpoint, data, learners, models, policies
 from metaal_jax.data.cache import read_cache, write_cache
 
 
@@ -47,6 +47,8 @@ TREE = {
     "deep": {"b": np.ones(3, bool), "n": np.int32(7), "none": np.zeros((0, 2), np.float32)},
 }
 NETWORK = models.LinearNetwork(situation=(1, 5), prior=policies.prior(margin=-0.3))
+BODY = models.MLP(2, hidden=(4,))
+LEARNER = learners.META_LEARNERS["maml"].make(BODY, **learners.META_LEARNERS["maml"].settings)
 X, Y = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1)).astype(np.uint8), np.arange(20, dtype=np.int32) % 3
 
 
@@ -59,6 +61,21 @@ def _write_policy(folder: Path) -> None:
 def _read_policy(folder: Path) -> Any:
     saved = policies.load(folder / "policy.json")
     return saved.params, str(saved.network), saved.rules, saved.plan, str(saved.about)
+
+
+def _write_learner(folder: Path) -> None:
+    settings = learners.META_LEARNERS["maml"].settings
+    meta = jax.eval_shape(LEARNER.init, jax.random.key(0), np.zeros((1, 3), np.float32))
+    meta = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.123, np.float32), meta)
+    row = {"row": (3,), "centre": np.full(3, 0.1, np.float32), "scale": np.full(3, 0.7, np.float32)}
+    about = {"way": "by hand"}
+    trained = learners.Trained(name="maml", network=BODY, settings=settings, meta=meta, about=about, **row)
+    learners.save(folder / "learner.json", trained)
+
+
+def _read_learner(folder: Path) -> Any:
+    found = learners.load(folder / "learner.json")
+    return found.meta, found.centre, found.scale, str((found[:3], found.row, found.about))
 
 
 def _read_cached(folder: Path) -> Any:
@@ -79,6 +96,7 @@ KINDS = {
         lambda folder: checkpoint.save(folder / "model", TREE),
         lambda folder: checkpoint.load(folder / "model"), (checkpoint.CheckpointError,)),
     "policy": Kind(_write_policy, _read_policy, (ValueError,)),
+    "learner": Kind(_write_learner, _read_learner, (ValueError,)),
     "cache": Kind(lambda folder: write_cache((folder,), "set", X, Y, required=True), _read_cached, ()),
     "npz": Kind(
         lambda folder: np.savez(folder / "set.npz", x=X, y=Y),
