@@ -337,9 +337,7 @@ def _differentiable(problem: Regression, penalty: Array, solution: Linear, steps
     return jax.tree.map(lambda leaf, moved: leaf - moved, solution, change)
 
 
-def _chosen_ridge(
-    problem: Regression, first: Linear, ridges: Sequence[float], steps: int
-) -> tuple[Array, Linear]:
+def _chosen_ridge(problem: Regression, first: Linear, ridges: Sequence[float], steps: int) -> tuple[Array, Linear]:
     """The ridge with the least cross entropy of rows left out, and its solution; each starts from the one before."""
 
     def fit(start: Linear, ridge: Array) -> tuple[Linear, tuple[Array, Linear]]:
@@ -355,7 +353,7 @@ def _chosen_ridge(
 
 
 def _chosen_temperature(problem: Regression, logits: Array, most: float = 50.0) -> Array:
-    """The factor from `1 / most` to `most` on logits of the least cross entropy, which is convex in it: by bisection."""
+    """The factor on logits, from `1 / most` to `most`, of least cross entropy, which is convex in it: by bisection."""
     logits = jnp.where(problem.present, logits, 0.0)
 
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
