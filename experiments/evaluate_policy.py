@@ -8,10 +8,10 @@ ahead in the mean, and cannot be told apart from the best rule.
     python experiments/evaluate_policy.py --meta-run runs/cifar10-mnist --batches 1,10
     python experiments/evaluate_policy.py --policies runs/policies/cifar10-evolution/policy.json --strategies margin
 
-Cells, problems and learner are those of `strategies.py`: a linear layer on the main job's meta-learned embedding, all
-strategies on the same problems from a cold start; the oracle chooses by rows of its own. What the policy looks at is
-measured by runs in which it sees one feature in a random order. A run can grow: with `--resume` other policies, rules
-and batches are added to it, and a policy that changed is run again.
+Cells, problems and learner are those of `strategies.py`: logistic regression on the main job's meta-learned embedding,
+all strategies on the same problems from a cold start; the oracle chooses by rows of its own. What the policy looks at
+is measured by runs in which it sees one feature in a random order. A run can grow: with `--resume` other policies,
+rules and batches are added to it, and a policy that changed is run again.
 
 Expected: see experiments/results/policies/ and the README.
 """

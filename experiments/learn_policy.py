@@ -9,9 +9,9 @@ and, in batches of ten, better than every rule on a new task (`evaluate_policy.p
 
 The main job's meta-learned network embeds everything once. A problem's classes are each composed of one to three forms,
 in uneven shares: shapes drawn from the source's images at several strengths of distortion, without any label, or, with
-`--made-of classes`, the source's own classes. Problems of several kinds (classes, rows, labels, batches) take turns. A
-linear layer is trained on the embedding after every batch, as in `strategies.py`, and the policy is rewarded with the
-area under the learning curve. Problems of forms that training does not see choose the checkpoint; problems of still
+`--made-of classes`, the source's own classes. Problems of several kinds (classes, rows, labels, batches) take turns.
+Logistic regression is fitted to the embedding after every batch, as in `strategies.py`, and the policy is rewarded with
+the area under the learning curve. Problems of forms that training does not see choose the checkpoint; problems of still
 other forms are what is reported, paired with rules on the same problems. (Of a source's own classes with too few of
 them, the held-out forms are other images of the same classes.) The new task is not looked at. How many pieces there are
 is a matter of time: the seed decides what each of them gives.
@@ -146,14 +146,12 @@ class Config:
     """Ridge that meta-training begins with."""
     scale: Annotated[float, above(0)] = 5.0
     """Factor on the ridge regression's outputs that meta-training begins with."""
-    steps: int = 50
-    """Steps of the linear layer."""
-    rate: float = 1e-2
-    """Their learning rate."""
-    decay: float = 0.1
-    """Their weight decay."""
-    refit_steps: int = 20
-    """Steps of the linear layer where labels are tried."""
+    linear_ridge: float = 1.0
+    """Ridge penalty of the linear layer, a logistic regression."""
+    solver_steps: int = 64
+    """Steps of its solver."""
+    refit_steps: int = 16
+    """Steps where labels are tried."""
 
     meta_seed: int = 0
     """Seed of the main job's run."""

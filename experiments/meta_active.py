@@ -133,18 +133,12 @@ class Config:
     """Their learning rate."""
     scratch_decay: float = 3.0
     """Their weight decay."""
-    frozen_steps: Annotated[int, at_least(0)] = 50
-    """Steps of the linear layer on the frozen embedding (AdamW)."""
-    frozen_rate: float = 1e-2
-    """Their learning rate."""
-    frozen_decay: float = 0.1
-    """Their weight decay."""
-    logistic_steps: Annotated[int, at_least(0)] = 100
-    """Steps of logistic regression on pixels (AdamW)."""
-    logistic_rate: float = 3e-2
-    """Their learning rate."""
-    logistic_decay: float = 0.1
-    """Their weight decay."""
+    frozen_ridge: Annotated[float, above(0)] = 1.0
+    """Ridge penalty of logistic regression on the frozen, standardised embedding."""
+    logistic_ridge: Annotated[float, above(0)] = 1.0
+    """Ridge penalty of logistic regression on pixels from 0 to 1."""
+    solver_steps: int = 64
+    """Steps of the solver of both."""
     chunk: int = 100
     """Rows predicted at a time. Few stay in a CPU's cache (twice as fast as 1000); a GPU wants many."""
 

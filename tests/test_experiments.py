@@ -316,7 +316,7 @@ def test_strategies_by_name(script, tmp_path, capfd):
     """Pointwise, joint, committee's and costly ones, an oracle that needs rows of its own, in other spellings too."""
     config = script.Config(**{
         **SMALL, "learners": "logistic", "strategies": "random,badge,typiclust,batchbald,oracle", "seeds": 1,
-        "logistic_steps": 5, "out": str(tmp_path / "run"),
+        "solver_steps": 5, "out": str(tmp_path / "run"),
     })  # fmt: skip
     script.job(config)
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
