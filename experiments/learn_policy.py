@@ -146,7 +146,7 @@ class Config:
     """Ridge that meta-training begins with."""
     scale: Annotated[float, above(0)] = 5.0
     """Factor on the ridge regression's outputs that meta-training begins with."""
-    linear_ridge: float = 1.0
+    linear_ridge: Annotated[float, above(0)] = 1.0
     """Ridge penalty of the linear layer, a logistic regression."""
     solver_steps: int = 64
     """Steps of its solver."""
