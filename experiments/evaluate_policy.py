@@ -26,7 +26,6 @@ from typing import Annotated
 import jax
 import numpy as np
 
-import meta_active
 import strategies
 from metaal_jax import policies
 from metaal_jax.metrics import interval, labels_to_reach
@@ -36,6 +35,7 @@ from metaal_jax.studies.files import write
 from metaal_jax.studies.folder import RunFolder, read_object
 from metaal_jax.studies.options import RESULT_FILE, check_options, numbers_of, parse
 from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.setting import Setting
 from metaal_jax.studies.statistics import finite, holm, numbers, paired_p, shown
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names
 from strategy_report import Cell, Table, share_picture, win_picture, wins
@@ -132,7 +132,7 @@ def job(config: Config) -> None:
     inner, trained, scrambled = cells_of(config)
     plan = strategies.make_plan(inner)
     main_config = dataclasses.replace(strategies.main_config(inner), seed=config.meta_seed)
-    setting = meta_active.Setting(main_config)
+    setting = Setting(main_config)
     have = setting.problem_data.pool.y.shape[0], setting.problem_data.test.y.shape[0]
     for name, wanted, rows in (("pool", config.pool + config.held_out, have[0]), ("test", config.test, have[1])):
         if wanted > rows:

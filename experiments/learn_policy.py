@@ -29,13 +29,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-import meta_active
 from forms import MADE_OF, embedded_forms, kinds_of, main_job, strengths_of
 from metaal_jax import policies
 from metaal_jax.metrics import interval
 from metaal_jax.studies.folder import RunFolder, round_to
 from metaal_jax.studies.options import FILE, Range, above, at_least, check_options, parse
 from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.setting import Setting
 from metaal_jax.studies.statistics import numbers, shown
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names
 from policy_training import (
@@ -202,7 +202,7 @@ def job(config: Config) -> None:
     """The whole run."""
     check(config)
     kinds = kinds_of(config.kinds)
-    setting = meta_active.Setting(main_config(main_job(config)))
+    setting = Setting(main_config(main_job(config)))
     with arguments():
         network = make_network(config)
         make_trainers(config, network)

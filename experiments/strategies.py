@@ -31,8 +31,6 @@ import tyro
 from tqdm import tqdm
 
 import meta_active
-from arms import linear_loss_learner, make_arms, make_embed, make_model, standardised, without_head
-from meta_training import make_meta_job, meta_restore, meta_train
 from metaal_jax import annotators, learners, tasks
 from metaal_jax.active import ActiveState
 from metaal_jax.base import Learner, Problem, PyTree
@@ -40,9 +38,12 @@ from metaal_jax.loop import active_learner
 from metaal_jax.metrics import Score
 from metaal_jax.names import ALIASES, CANDIDATES, STRATEGIES, Given, build, find, listing
 from metaal_jax.policies.selector import SelectorState
+from metaal_jax.studies.arms import linear_loss_learner, make_arms, make_embed, make_model, standardised, without_head
 from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.meta_training import make_meta_job, meta_restore, meta_train
 from metaal_jax.studies.options import RESULT_FOLDER, above, at_least, check_options, numbers_of, parse
 from metaal_jax.studies.processes import side_by_side
+from metaal_jax.studies.setting import Setting
 from metaal_jax.studies.usage import UsageError, arguments, main, names, strategy_names
 from strategy_report import Cell, report
 
@@ -185,7 +186,7 @@ def main_config(config: Any) -> meta_active.Config:
                               meta_run=config.meta_run)  # fmt: skip
 
 
-def main_network(config: Any, setting: meta_active.Setting, folder: RunFolder) -> PyTree:
+def main_network(config: Any, setting: Setting, folder: RunFolder) -> PyTree:
     """The main job's meta-learned network: restored from its run folder, or trained here with the same keys."""
     job_config = main_config(config)
     meta_job = make_meta_job(job_config, setting)
@@ -194,7 +195,7 @@ def main_network(config: Any, setting: meta_active.Setting, folder: RunFolder) -
     return meta_train(job_config, setting, meta_job, folder, jax.random.split(jax.random.key(config.seed))[0])
 
 
-def make_problems(config: Config, setting: meta_active.Setting, meta: PyTree, places: tuple) -> dict:
+def make_problems(config: Config, setting: Setting, meta: PyTree, places: tuple) -> dict:
     """Every seed's problem in every condition, embedded once: leaves `[seeds, ...]`."""
     job_config = main_config(config)
     model = make_model(setting.classes, setting.shape, job_config)
@@ -327,7 +328,7 @@ def run_cells(config: Config, work: list[Work], problems: dict, folder: RunFolde
     return found
 
 
-def adapt_whole_network(config: Config, setting: meta_active.Setting, folder: RunFolder, meta: PyTree, best: list[str]):
+def adapt_whole_network(config: Config, setting: Setting, folder: RunFolder, meta: PyTree, best: list[str]):
     """The best strategies, beside random, with the main job's full adaptation; its `Study`.
 
     All begin with the same ten random rows: strategies differ by what they ask of the adapted network.
@@ -347,7 +348,7 @@ def adapt_whole_network(config: Config, setting: meta_active.Setting, folder: Ru
 def job(config: Config) -> None:
     """The whole run."""
     plan = make_plan(config)
-    setting = meta_active.Setting(main_config(config))
+    setting = Setting(main_config(config))
     rows = setting.problem_data.pool.y.shape[0], setting.problem_data.test.y.shape[0]
     for name, wanted, have in (("pool", config.pool + config.held_out, rows[0]), ("test", config.test, rows[1])):
         if wanted > have:

@@ -9,13 +9,19 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from meta_learners import META_LEARNERS, OWN_HEAD, SEMI_SUPERVISED, make_meta_learner, semi_supervised
 from metaal_jax import acquisition, learners, models
 from metaal_jax.acquisition import predict_pool
 from metaal_jax.base import Batch, Learner, Policy, Problem, PyTree
 from metaal_jax.loop import active_learner, evaluate, grow
 from metaal_jax.metrics import Score
 from metaal_jax.names import Given, build, find
+from metaal_jax.studies.meta_learners import (
+    META_LEARNERS,
+    OWN_HEAD,
+    SEMI_SUPERVISED,
+    make_meta_learner,
+    semi_supervised,
+)
 
 PLAIN = {
     "scratch": "the network trained from a random initialisation on the labels bought so far",
