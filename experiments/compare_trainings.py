@@ -24,13 +24,13 @@ import tyro
 from tqdm import tqdm
 
 import learn_policy
-import meta_active
 from forms import embedded_forms, kinds_of, main_job
 from metaal_jax.base import PyTree
 from metaal_jax.metrics import interval
 from metaal_jax.studies.folder import RunFolder, round_to
 from metaal_jax.studies.options import FILE, check_options, parse
 from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.setting import Setting
 from metaal_jax.studies.statistics import numbers, shown
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names
 from policy_training import (
@@ -141,7 +141,7 @@ def job(config: Config) -> None:
     """The whole run."""
     arms = arms_of(config)
     first = next(iter(arms.values()))
-    setting = meta_active.Setting(main_config(main_job(first)))
+    setting = Setting(main_config(main_job(first)))
     with arguments():
         networks = {name: make_network(arm) for name, arm in arms.items()}
         for name, arm in arms.items():

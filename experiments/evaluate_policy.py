@@ -8,10 +8,10 @@ ahead in the mean, and cannot be told apart from the best rule.
     python experiments/evaluate_policy.py --meta-run runs/cifar10-mnist --batches 1,10
     python experiments/evaluate_policy.py --policies runs/policies/cifar10-evolution/policy.json --strategies margin
 
-Cells, problems and learner are those of `strategies.py`: a linear layer on the main job's meta-learned embedding, all
-strategies on the same problems from a cold start; the oracle chooses by rows of its own. What the policy looks at is
-measured by runs in which it sees one feature in a random order. A run can grow: with `--resume` other policies, rules
-and batches are added to it, and a policy that changed is run again.
+Cells, problems and learner are those of `strategies.py`: logistic regression on the main job's meta-learned embedding,
+all strategies on the same problems from a cold start; the oracle chooses by rows of its own. What the policy looks at
+is measured by runs in which it sees one feature in a random order. A run can grow: with `--resume` other policies,
+rules and batches are added to it, and a policy that changed is run again.
 
 Expected: see experiments/results/policies/ and the README.
 """
@@ -26,7 +26,6 @@ from typing import Annotated
 import jax
 import numpy as np
 
-import meta_active
 import strategies
 from metaal_jax import policies
 from metaal_jax.metrics import interval, labels_to_reach
@@ -36,6 +35,7 @@ from metaal_jax.studies.files import write
 from metaal_jax.studies.folder import RunFolder, read_object
 from metaal_jax.studies.options import RESULT_FILE, check_options, numbers_of, parse
 from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.setting import Setting
 from metaal_jax.studies.statistics import finite, holm, numbers, paired_p, shown
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names
 from strategy_report import Cell, Table, share_picture, win_picture, wins
@@ -132,7 +132,7 @@ def job(config: Config) -> None:
     inner, trained, scrambled = cells_of(config)
     plan = strategies.make_plan(inner)
     main_config = dataclasses.replace(strategies.main_config(inner), seed=config.meta_seed)
-    setting = meta_active.Setting(main_config)
+    setting = Setting(main_config)
     have = setting.problem_data.pool.y.shape[0], setting.problem_data.test.y.shape[0]
     for name, wanted, rows in (("pool", config.pool + config.held_out, have[0]), ("test", config.test, have[1])):
         if wanted > rows:

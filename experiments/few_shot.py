@@ -44,13 +44,13 @@ from few_shot_presets import (
     make_optimizer,
     preset_of,
 )
-from meta_training import piece_path, train_in_pieces
 from metaal_jax import checkpoint, data, learners, parallel, tasks
 from metaal_jax.base import Learner
 from metaal_jax.losses import accuracy
 from metaal_jax.metrics import interval
 from metaal_jax.outer import outer_loop
 from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.meta_training import piece_path, train_in_pieces
 from metaal_jax.studies.options import FILE, above, at_least, check_options, numbers_of, parse
 from metaal_jax.studies.results import environment, write_results
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names

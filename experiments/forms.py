@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from arms import make_embed, make_model, standardised, without_head
 from metaal_jax import tasks
 from metaal_jax.base import Problem, PyTree
+from metaal_jax.studies.arms import make_embed, make_model, standardised, without_head
 from metaal_jax.studies.folder import RunFolder
 from metaal_jax.studies.options import above, numbers_of
 from metaal_jax.studies.usage import UsageError

@@ -9,9 +9,9 @@ and, in batches of ten, better than every rule on a new task (`evaluate_policy.p
 
 The main job's meta-learned network embeds everything once. A problem's classes are each composed of one to three forms,
 in uneven shares: shapes drawn from the source's images at several strengths of distortion, without any label, or, with
-`--made-of classes`, the source's own classes. Problems of several kinds (classes, rows, labels, batches) take turns. A
-linear layer is trained on the embedding after every batch, as in `strategies.py`, and the policy is rewarded with the
-area under the learning curve. Problems of forms that training does not see choose the checkpoint; problems of still
+`--made-of classes`, the source's own classes. Problems of several kinds (classes, rows, labels, batches) take turns.
+Logistic regression is fitted to the embedding after every batch, as in `strategies.py`, and the policy is rewarded with
+the area under the learning curve. Problems of forms that training does not see choose the checkpoint; problems of still
 other forms are what is reported, paired with rules on the same problems. (Of a source's own classes with too few of
 them, the held-out forms are other images of the same classes.) The new task is not looked at. How many pieces there are
 is a matter of time: the seed decides what each of them gives.
@@ -29,13 +29,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-import meta_active
 from forms import MADE_OF, embedded_forms, kinds_of, main_job, strengths_of
 from metaal_jax import policies
 from metaal_jax.metrics import interval
 from metaal_jax.studies.folder import RunFolder, round_to
 from metaal_jax.studies.options import FILE, Range, above, at_least, check_options, parse
 from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.setting import Setting
 from metaal_jax.studies.statistics import numbers, shown
 from metaal_jax.studies.usage import UsageError, arguments, command, main, names
 from policy_training import (
@@ -146,14 +146,12 @@ class Config:
     """Ridge that meta-training begins with."""
     scale: Annotated[float, above(0)] = 5.0
     """Factor on the ridge regression's outputs that meta-training begins with."""
-    steps: int = 50
-    """Steps of the linear layer."""
-    rate: float = 1e-2
-    """Their learning rate."""
-    decay: float = 0.1
-    """Their weight decay."""
-    refit_steps: int = 20
-    """Steps of the linear layer where labels are tried."""
+    linear_ridge: Annotated[float, above(0)] = 1.0
+    """Ridge penalty of the linear layer, a logistic regression."""
+    solver_steps: int = 64
+    """Steps of its solver."""
+    refit_steps: int = 16
+    """Steps where labels are tried."""
 
     meta_seed: int = 0
     """Seed of the main job's run."""
@@ -204,7 +202,7 @@ def job(config: Config) -> None:
     """The whole run."""
     check(config)
     kinds = kinds_of(config.kinds)
-    setting = meta_active.Setting(main_config(main_job(config)))
+    setting = Setting(main_config(main_job(config)))
     with arguments():
         network = make_network(config)
         make_trainers(config, network)

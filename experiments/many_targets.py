@@ -8,10 +8,10 @@ targets that it has never seen, of 2 to 47 classes, and is on none of them worse
 
 A target is a set, or with `SET:LABEL=NUMBER` the classes of one group of it: one alphabet of Omniglot, one superclass
 of CIFAR-100. Images go through the main job's meta-learned network, whatever it was meta-trained on; tables are taken
-as their columns, standardised over all rows. Every seed draws a pool and test rows anew; a linear layer learns from a
-cold start, as in `strategies.py`, and all strategies get the same problems. "all" leaves out the oracle, for which
-small sets have no rows, and three rules whose cost grows with the square of the number of classes (hours at 47 classes;
-they are in the last third of `strategies.py`'s ranking).
+as their columns, standardised over all rows. Every seed draws a pool and test rows anew; logistic regression learns
+from a cold start, as in `strategies.py`, and all strategies get the same problems. "all" leaves out the oracle, for
+which small sets have no rows, and three rules whose cost grows with the square of the number of classes (hours at 47
+classes; they are in the last third of `strategies.py`'s ranking).
 
 Expected: a mean rank of 7.6 of 38 (max_herding 8.7, k_medoids 9.6, random 21.1); significantly above random on nine of
 the ten. All figures: experiments/results/policies/ and the README. 26 minutes on two cores.
@@ -29,18 +29,18 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-import meta_active
 import strategies
-from arms import make_embed, make_model, standardised, without_head
 from evaluate_policy import FREE, forget_changed, plain, rules_followed, short, trained_names
 from metaal_jax import data, tasks
 from metaal_jax.base import Problem
 from metaal_jax.data.local import SPLITS
 from metaal_jax.metrics import interval
 from metaal_jax.names import STRATEGIES
+from metaal_jax.studies.arms import make_embed, make_model, standardised, without_head
 from metaal_jax.studies.folder import RunFolder
 from metaal_jax.studies.options import RESULT_FILE, at_least, check_options, parse
 from metaal_jax.studies.results import environment, write_results
+from metaal_jax.studies.setting import Setting
 from metaal_jax.studies.statistics import numbers, ranked, shown
 from metaal_jax.studies.usage import UsageError, arguments, command, main, strategy_names
 from strategy_report import TWINS, Cell, Table, share_picture
@@ -182,7 +182,7 @@ def job(config: Config) -> None:
     tables = {name: is_table(name, config.data_dir) for name in names}
     trained_on = dataclasses.replace(inner, seed=config.meta_seed)
     # Where all targets are tables, neither the network's data nor the network are needed.
-    setting = None if all(tables.values()) else meta_active.Setting(strategies.main_config(trained_on))
+    setting = None if all(tables.values()) else Setting(strategies.main_config(trained_on))
     shape = setting.shape if setting else None
     targets = {name: load_target(name, None if tables[name] else shape, config.data_dir) for name in names}
     sizes = {name: sizes_of(len(arrays.y)) for name, arrays in targets.items()}

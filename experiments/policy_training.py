@@ -37,7 +37,7 @@ POLICIES = {
     "selector": "chooses among rules in every round, linear as well",
 }
 LEARNERS = {
-    "linear": "a linear layer trained by Adam, as in strategies.py",
+    "linear": "logistic regression, as in strategies.py",
     "ridge": "ridge regression on a linear map of the embedding; both can be meta-trained",
 }
 TRAINED = {
@@ -83,8 +83,8 @@ def _pathwise(config: Any, kind: Kind, network: Any, common: dict[str, Any]) -> 
         groups = {"policy": common["optimizer"] if config.train == "both" else optax.set_to_zero(),
                   "learner": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learner_rate))}  # fmt: skip
         common = {**common, "optimizer": optax.partition(groups, ("policy", "learner"))}
-    # A linear layer that Adam trains says little of what a label is worth by its derivative. A learner that is trained
-    # as well may say less and less: see `pathwise`.
+    # Logistic regression leaves out classes without a label, so its derivative does not see what a class's first label
+    # is worth. A learner that is trained as well may say less and less: see `pathwise`.
     own = config.learner == "ridge" and config.train != "both"
     refit = None if own else _with_own_start(ridge_learner(config, kind.ways))
     return policies.pathwise(policy=_drawing(config, kind, network, config.candidates), problems=config.problems,
@@ -164,7 +164,9 @@ def make_network(config: Any) -> Any:
 
 def learners_of(config: Any, ways: int) -> tuple[Learner, Learner]:
     """The learner, and its quicker form for what refits it by the thousand."""
-    return linear_learners(config, ways) if config.learner == "linear" else (ridge_learner(config, ways),) * 2
+    if config.learner == "ridge":
+        return (ridge_learner(config, ways),) * 2
+    return linear_learners(ways, ridge=config.linear_ridge, steps=config.solver_steps, refit_steps=config.refit_steps)
 
 
 def ridge_learner(config: Any, ways: int) -> Learner:

@@ -8,8 +8,8 @@ uncertain ones win later, and a greedy oracle shows how much room is left above 
     python experiments/strategies.py --strategies random,margin,typiclust --embeddings meta --conditions plain
 
 A cell is one strategy with one batch size in one condition on one embedding; all its seeds run in one compiled
-program. A linear layer is trained on the embedding after every batch; strategies that ask a committee see draws from
-its Laplace posterior, and all are judged by the single linear layer. The cold start is part of the comparison: each
+program. After every batch logistic regression is fitted to the embedding; strategies that ask a committee see draws
+from its Laplace posterior, and all are judged by the single regression. The cold start is part of the comparison: each
 strategy chooses its first batch itself, by a model that knows no label. Then the five best adapt the whole network.
 
 Expected: area up to 100 labels of 89.4 % for max_herding, 88.9 for typiclust, 82.5 for margin, 81.1 for random, 90.4
@@ -31,18 +31,19 @@ import tyro
 from tqdm import tqdm
 
 import meta_active
-from arms import make_arms, make_embed, make_model, standardised, without_head
-from meta_training import make_meta_job, meta_restore, meta_train
-from metaal_jax import annotators, learners, models, tasks
+from metaal_jax import annotators, learners, tasks
 from metaal_jax.active import ActiveState
 from metaal_jax.base import Learner, Problem, PyTree
 from metaal_jax.loop import active_learner
 from metaal_jax.metrics import Score
 from metaal_jax.names import ALIASES, CANDIDATES, STRATEGIES, Given, build, find, listing
 from metaal_jax.policies.selector import SelectorState
+from metaal_jax.studies.arms import linear_loss_learner, make_arms, make_embed, make_model, standardised, without_head
 from metaal_jax.studies.folder import RunFolder, round_to
+from metaal_jax.studies.meta_training import make_meta_job, meta_restore, meta_train
 from metaal_jax.studies.options import RESULT_FOLDER, above, at_least, check_options, numbers_of, parse
 from metaal_jax.studies.processes import side_by_side
+from metaal_jax.studies.setting import Setting
 from metaal_jax.studies.usage import UsageError, arguments, main, names, strategy_names
 from strategy_report import Cell, report
 
@@ -89,14 +90,12 @@ class Config:
     """Data set for active learning."""
     meta_run: str | None = None
     """Run folder of the main job for this source and target, whose network is used. None trains it here."""
-    steps: int = 50
-    """Steps of the linear layer (AdamW, all labels in every step)."""
-    rate: float = 1e-2
-    """Their learning rate."""
-    decay: float = 0.1
-    """Their weight decay."""
-    refit_steps: int = 20
-    """Steps of the linear layer where a strategy refits it by the thousand, at a rate higher in proportion."""
+    ridge: Annotated[float, above(0)] = 1.0
+    """Ridge penalty of the linear layer, a logistic regression."""
+    solver_steps: int = 64
+    """Steps of its solver."""
+    refit_steps: int = 16
+    """Steps where a strategy refits it by the thousand."""
     members: Annotated[int, at_least(2)] = 20
     """Draws from the posterior that committee strategies see."""
     joint_members: Annotated[int, at_least(2)] = 100
@@ -187,7 +186,7 @@ def main_config(config: Any) -> meta_active.Config:
                               meta_run=config.meta_run)  # fmt: skip
 
 
-def main_network(config: Any, setting: meta_active.Setting, folder: RunFolder) -> PyTree:
+def main_network(config: Any, setting: Setting, folder: RunFolder) -> PyTree:
     """The main job's meta-learned network: restored from its run folder, or trained here with the same keys."""
     job_config = main_config(config)
     meta_job = make_meta_job(job_config, setting)
@@ -196,7 +195,7 @@ def main_network(config: Any, setting: meta_active.Setting, folder: RunFolder) -
     return meta_train(job_config, setting, meta_job, folder, jax.random.split(jax.random.key(config.seed))[0])
 
 
-def make_problems(config: Config, setting: meta_active.Setting, meta: PyTree, places: tuple) -> dict:
+def make_problems(config: Config, setting: Setting, meta: PyTree, places: tuple) -> dict:
     """Every seed's problem in every condition, embedded once: leaves `[seeds, ...]`."""
     job_config = main_config(config)
     model = make_model(setting.classes, setting.shape, job_config)
@@ -224,14 +223,9 @@ def make_problems(config: Config, setting: meta_active.Setting, meta: PyTree, pl
     return found
 
 
-def linear_learners(config: Any, classes: int) -> tuple[Learner, Learner]:
-    """The linear layer on an embedding, and its quicker form for what refits it by the thousand."""
-    model = models.MLP(classes, hidden=(), zero_head=True)
-    train = lambda rate, steps: learners.fine_tune(  # noqa: E731
-        model, optimizer=optax.adamw(rate, weight_decay=config.decay), steps=steps
-    )
-    quick_rate = config.rate * config.steps / config.refit_steps
-    return train(config.rate, config.steps), train(quick_rate, config.refit_steps)
+def linear_learners(classes: int, *, ridge: float, steps: int, refit_steps: int) -> tuple[Learner, Learner]:
+    """Logistic regression on an embedding, and its quicker form for what refits it by the thousand."""
+    return learners.linear(classes, ridge=ridge, steps=steps), learners.linear(classes, ridge=ridge, steps=refit_steps)
 
 
 def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
@@ -239,9 +233,9 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
 
     The last says which rules proposed the batch of each round, if the strategy is a selector; else it is `()`.
     """
-    model = models.MLP(classes, hidden=(), zero_head=True)
-    training: dict[str, Any] = {"optimizer": optax.adamw(config.rate, weight_decay=config.decay), "steps": config.steps}
-    learner, refit = linear_learners(config, classes)
+    learner, refit = linear_learners(
+        classes, ridge=config.ridge, steps=config.solver_steps, refit_steps=config.refit_steps
+    )
     posterior = None
     if find(strategy).committee:
         members = config.joint_members if find(strategy).costly else config.members
@@ -252,7 +246,7 @@ def make_run(config: Config, classes: int, strategy: str, k: int, budget: int):
         classes=classes,
         learner=learner,
         refit=refit,
-        loss_learner=learners.loss_predictor(model, **training),
+        loss_learner=linear_loss_learner(classes),
     )
     policy = build(strategy, need, posterior)
 
@@ -334,7 +328,7 @@ def run_cells(config: Config, work: list[Work], problems: dict, folder: RunFolde
     return found
 
 
-def adapt_whole_network(config: Config, setting: meta_active.Setting, folder: RunFolder, meta: PyTree, best: list[str]):
+def adapt_whole_network(config: Config, setting: Setting, folder: RunFolder, meta: PyTree, best: list[str]):
     """The best strategies, beside random, with the main job's full adaptation; its `Study`.
 
     All begin with the same ten random rows: strategies differ by what they ask of the adapted network.
@@ -354,7 +348,7 @@ def adapt_whole_network(config: Config, setting: meta_active.Setting, folder: Ru
 def job(config: Config) -> None:
     """The whole run."""
     plan = make_plan(config)
-    setting = meta_active.Setting(main_config(config))
+    setting = Setting(main_config(config))
     rows = setting.problem_data.pool.y.shape[0], setting.problem_data.test.y.shape[0]
     for name, wanted, have in (("pool", config.pool + config.held_out, rows[0]), ("test", config.test, rows[1])):
         if wanted > have:

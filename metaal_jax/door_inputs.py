@@ -119,10 +119,11 @@ def strategy_of(door: str, name: str, given: set[str]) -> names.Strategy:
 def learner_of(door: str, learner: LearnerLike) -> Any:
     """A name, a meta-trained learner or a function; files are loaded."""
     if isinstance(learner, str) and learner not in names.LEARNERS:
-        if not learner.endswith(learners.SUFFIX):
-            raise ValueError(f"{door}: " + names.unknown("learner", learner, names.LEARNERS))
         place = Path(learner)
-        return _loaded(learner, place.stat().st_mtime if place.exists() else 0.0)
+        if not place.is_file():
+            raise ValueError(f"{door}: " + names.unknown("learner", learner, names.LEARNERS) + ", or give the path of "
+                             "one that learners.save wrote")  # fmt: skip
+        return _loaded(learner, place.stat().st_mtime)
     if isinstance(learner, str | learners.Trained) or (callable(learner) and not isinstance(learner, Learner)):
         return learner
     raise ValueError(f"{door}: learner must be one of {', '.join(names.LEARNERS)}, what meta_train gave, its file, or "

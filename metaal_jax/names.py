@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -18,6 +19,7 @@ from metaal_jax.base import Learner, Policy, Problem, PyTree
 
 CANDIDATES = 200
 LEARNED = "learned:"
+START = "start"
 DEFAULT = "uncertain_herding"
 
 NEEDS = {
@@ -302,7 +304,7 @@ def find(name: str) -> Strategy:
     """The strategy of a name or an alias, or a trained policy: one that is shipped, or the path of its file.
 
     A trained policy may be written `learned:NAME`. With `~FEATURE` behind it, it sees that feature in a random order:
-    what it is worth without.
+    what it is worth without. With `~start` it is what it was before its training.
 
     Raises:
       ValueError: for an unknown name, with those that are like it, and a policy that cannot be loaded.
@@ -311,25 +313,28 @@ def find(name: str) -> Strategy:
     if plain in _KNOWN:
         return _KNOWN[plain]
     place, _, feature = name.removeprefix(LEARNED).rpartition("~")
-    if feature not in policies.features.ROWS:
+    if feature not in (*policies.features.ROWS, START):
         place, feature = name.removeprefix(LEARNED), ""
     if not name.startswith(LEARNED) and place not in policies.shipped() and not place.endswith(".json"):
         raise ValueError(unknown("strategy", name, [*_KNOWN, *policies.shipped()]))
     saved = policies.load(place)
-    network: Any = policies.Scrambled(saved.network, feature) if feature else saved.network
+    network: Any = policies.Scrambled(saved.network, feature) if feature and feature != START else saved.network
     if saved.rules:
         make = lambda given: policies.selector(  # noqa: E731
             [find(rule).make(given) for rule in saved.rules], network, k=given.k
         )
     else:
         make = lambda given: policies.learned(network, k=given.k, plan=saved.plan)  # noqa: E731
+    params, line = saved.params, f"trained by {saved.about.get('way')} on {saved.about.get('source')}"
+    if feature == START:
+        params, line = make(Given(k=1)).init(jax.random.key(0)), f"the start of what was {line}"
     needs = dict.fromkeys(need for name in saved.rules for need in find(name).needs)
     return Strategy(
-        f"trained by {saved.about.get('way')} on {saved.about.get('source')}",
-        lambda given: make(given)._replace(init=lambda key: saved.params),
+        line,
+        lambda given: make(given)._replace(init=lambda key: params),
         tuple(dict.fromkeys(("logits", "embedding", "labels", *needs))),
         memory=True,
-        params=lambda problem: saved.params,
+        params=lambda problem: params,
     )
 
 

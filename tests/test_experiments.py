@@ -213,17 +213,16 @@ def test_other_meta_learners_have_a_training_of_their_own(attempt, tmp_path):
 def test_every_meta_learner_adapts_to_the_target(script):
     """Trained on as many classes as it wants, each predicts the target's ten after its own kind of adaptation."""
     import jax
-
-    import meta_learners
     from arms import make_arms
+
+    from metaal_jax.studies import meta_learners
+    from metaal_jax.studies.arms import make_model
 
     config = script.Config()
     for name in meta_learners.META_LEARNERS:
         arm = make_arms(name, ("random",), classes=10, shape=(8, 8, 1), config=config)[0]
         ways = 10 if name in meta_learners.OWN_HEAD else 4
-        trained = meta_learners.make_meta_learner(
-            name, importlib.import_module("arms").make_model(ways, (8, 8, 1), config), config, testing=False
-        )
+        trained = meta_learners.make_meta_learner(name, make_model(ways, (8, 8, 1), config), config, testing=False)
 
         def run(key, arm=arm, trained=trained):
             x = jax.numpy.zeros((3, 8, 8, 1))
@@ -316,7 +315,7 @@ def test_strategies_by_name(script, tmp_path, capfd):
     """Pointwise, joint, committee's and costly ones, an oracle that needs rows of its own, in other spellings too."""
     config = script.Config(**{
         **SMALL, "learners": "logistic", "strategies": "random,badge,typiclust,batchbald,oracle", "seeds": 1,
-        "logistic_steps": 5, "out": str(tmp_path / "run"),
+        "solver_steps": 5, "out": str(tmp_path / "run"),
     })  # fmt: skip
     script.job(config)
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]

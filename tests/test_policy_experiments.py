@@ -14,7 +14,7 @@ from metaal_jax import policies, tasks
 SMALL = {
     "source": "digits", "target": "digits", "kinds": "2:40:2:4,2:30:1:2", "parts": 1, "test": 20,
     "held_out": 10, "validation_problems": 4, "report_problems": 4, "problems": 1, "episodes": 2, "pieces": 2,
-    "piece_steps": 1, "steps": 3, "refit_steps": 2, "rules": "max_herding",
+    "piece_steps": 1, "solver_steps": 3, "refit_steps": 2, "rules": "max_herding",
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from metaal_jax import Batch, Prediction, learners, models
+from metaal_jax import Batch, Prediction, learners, models, policies
 from metaal_jax.names import ADAPTIVE, ALIASES, NEEDS, STRATEGIES, Given, build, find, listing, strategy
 from views import HOLE, make_view, reorder
 
@@ -180,6 +180,25 @@ def test_the_needs_are_what_a_strategy_reads(key, name):
     needs = {"logits" if need == "committee" else need for need in found.needs}
     assert {need for need, place in READ.items() if place in read} == needs & set(READ)
     assert set(found.needs) <= set(NEEDS)
+
+
+@pytest.mark.parametrize("name", policies.shipped())
+def test_the_start_of_a_trained_policy_is_its_network_before_training(key, name):
+    before, after = (find(f"learned:{name}{mark}") for mark in ("~start", ""))
+    want = build(f"learned:{name}", NEED).init(key)
+    assert jax.tree.map(jnp.shape, before.params(None)) == jax.tree.map(jnp.shape, after.params(None))
+    np.testing.assert_array_equal(jax.tree.leaves(after.params(None))[0], jax.tree.leaves(want)[0])
+    leaves = zip(jax.tree.leaves(before.params(None)), jax.tree.leaves(after.params(None)), strict=True)
+    assert any((a != b).any() for a, b in leaves)
+
+
+def test_the_start_of_cifar10_is_uncertain_herding(key):
+    """From the prior alone, the first rows are those of the rule that it starts from."""
+    view = CASES[1][0]["base"]
+    start, rule = (
+        decide(build(name, NEED), find(name).params(view)) for name in ("cifar10~start", "uncertain_herding")
+    )
+    np.testing.assert_array_equal(jax.jit(start)(key, view).index, jax.jit(rule)(key, view).index)
 
 
 def test_what_is_not_given_is_named():

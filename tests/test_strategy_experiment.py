@@ -18,7 +18,7 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "experiments"
 SMALL = {
     "strategies": "random,margin,bald,oracle", "conditions": "plain,repeated", "embeddings": "untrained",
     "batches": "4", "one_by_one": "margin", "budget": 12, "costly_budget": 8, "pool": 40, "test": 30, "held_out": 10,
-    "seeds": 3, "source": "digits", "target": "digits", "steps": 3, "members": 3, "joint_members": 3, "best": 0,
+    "seeds": 3, "source": "digits", "target": "digits", "solver_steps": 3, "members": 3, "joint_members": 3, "best": 0,
 }  # fmt: skip
 
 
@@ -69,8 +69,8 @@ def test_what_a_run_leaves(whole):
     }  # fmt: skip
     ranks = [r for r in json.loads((whole / "results" / "summary.json").read_text())["rows"]
              if r["metric"] == "mean_rank" and r["learner"] == "all"]  # fmt: skip
-    assert sum(r["mean"] for r in ranks if r["labels"] == 8) == pytest.approx(1 + 2 + 3 + 4)
-    assert sum(r["mean"] for r in ranks if r["labels"] == 12) == pytest.approx(1 + 2 + 3)
+    assert sum(r["mean"] for r in ranks if r["labels"] == 8) == pytest.approx(1 + 2 + 3 + 4, abs=1e-3)
+    assert sum(r["mean"] for r in ranks if r["labels"] == 12) == pytest.approx(1 + 2 + 3, abs=1e-3)
     # Seeds share their problems: random rows are the same ones whatever the batch's strategy is compared with.
     assert (whole / "table.txt").read_text().count("untrained embedding, plain") == 2
 

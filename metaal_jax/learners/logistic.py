@@ -353,7 +353,7 @@ def _chosen_ridge(problem: Regression, first: Linear, ridges: Sequence[float], s
 
 
 def _chosen_temperature(problem: Regression, logits: Array, most: float = 50.0) -> Array:
-    """The factor from `1 / most` to `most` on logits of the least cross entropy, which is convex in it: by bisection."""
+    """The factor on logits, from `1 / most` to `most`, of least cross entropy, which is convex in it: by bisection."""
     logits = jnp.where(problem.present, logits, 0.0)
 
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:

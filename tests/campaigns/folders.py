@@ -185,7 +185,7 @@ def mistakes(folder: Path) -> list[Mistake]:
     (folder / "file").write_text("")
     found: list[Mistake] = []
     scripts = {
-        "meta_active": ("logistic-rate", "budget"), "strategies": ("prior-precision", "members"),
+        "meta_active": ("logistic-ridge", "budget"), "strategies": ("prior-precision", "members"),
         "evaluate_policy": (None, "pool"), "many_targets": (None, "seeds"), "learn_policy": ("deviation", "forms"),
         "compare_trainings": ("minutes", "runs"), "few_shot": ("inner-rate", "ways"),
         "active_regression": ("ridge", "budget"), "sinusoids": ("rate", "tasks"), "tune_scratch": (None, "seeds"),

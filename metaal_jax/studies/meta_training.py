@@ -12,12 +12,12 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from arms import make_model
-from meta_learners import OWN_HEAD, make_meta_learner
 from metaal_jax import checkpoint, tasks
 from metaal_jax.base import PyTree
 from metaal_jax.outer import MetaState, OuterLoop, outer_loop
+from metaal_jax.studies.arms import make_model
 from metaal_jax.studies.folder import RunFolder, read_object, round_to
+from metaal_jax.studies.meta_learners import OWN_HEAD, make_meta_learner
 from metaal_jax.studies.usage import UsageError
 
 

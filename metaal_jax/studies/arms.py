@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from meta_learners import META_LEARNERS, OWN_HEAD, SEMI_SUPERVISED, make_meta_learner, semi_supervised
 from metaal_jax import acquisition, learners, models
 from metaal_jax.acquisition import predict_pool
 from metaal_jax.base import Batch, Learner, Policy, Problem, PyTree
@@ -17,10 +16,17 @@ from metaal_jax.learners import without_head
 from metaal_jax.loop import active_learner, evaluate, grow
 from metaal_jax.metrics import Score
 from metaal_jax.names import Given, build, find
+from metaal_jax.studies.meta_learners import (
+    META_LEARNERS,
+    OWN_HEAD,
+    SEMI_SUPERVISED,
+    make_meta_learner,
+    semi_supervised,
+)
 
 PLAIN = {
     "scratch": "the network trained from a random initialisation on the labels bought so far",
-    "frozen": "maml's body kept as it is, a linear layer trained on its standardised embedding",
+    "frozen": "maml's body kept as it is, logistic regression on its standardised embedding",
     "logistic": "logistic regression on the pixels",
 }
 # With "+pseudo" or "+propagation" a learner also learns from the pool's unlabelled rows.
@@ -101,10 +107,9 @@ def make_arms(
     # Long training, or many labels: then a smaller buffer pays for compiling the round twice.
     half = -(-budget // 2 // k) * k
     segments = (half, budget) if budget > (50 if learner == "scratch" else 100) and half < budget else (budget,)
-    own_model, training = _supervised(learner, classes, shape, config)
     need = Given(
         k=k, rounds=budget // k, classes=classes, learner=single, refit=single,
-        loss_learner=learners.loss_predictor(own_model, **training),
+        loss_learner=_loss_learner(learner, classes, shape, config),
     )  # fmt: skip
     # Strategies of one cost share a program; one that costs much more than the others would hold them up.
     groups = {}
@@ -150,14 +155,22 @@ def _first_rule(strategy: str, config: Any) -> Policy:
     return acquisition.typical(k=k) if kind == "typical" else acquisition.top_k(acquisition.random, k=k)
 
 
-def _supervised(learner: str, classes: int, shape: tuple[int, ...], config: Any) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that a learner trains without meta-learning, and the options of its training."""
-    base = learner.partition("+")[0]
-    kind = base if base in ("logistic", "frozen") else "scratch"
-    linear = models.MLP(classes, hidden=(), zero_head=True)
-    model = make_model(classes, shape, config) if kind == "scratch" else linear
-    rate, decay, steps = (getattr(config, f"{kind}_{name}") for name in ("rate", "decay", "steps"))
-    return model, {"optimizer": optax.adamw(rate, weight_decay=decay), "steps": steps}
+def _from_scratch(config: Any) -> dict[str, Any]:
+    """How a network is trained without meta-learning."""
+    optimizer = optax.adamw(config.scratch_rate, weight_decay=config.scratch_decay)
+    return {"optimizer": optimizer, "steps": config.scratch_steps}
+
+
+def linear_loss_learner(classes: int) -> Learner:
+    """A linear layer with a head that foresees each row's loss; gradient steps train both, since they are one model."""
+    model = models.MLP(classes, hidden=(), zero_head=True)
+    return learners.loss_predictor(model, optimizer=optax.adamw(1e-2, weight_decay=0.1), steps=50)
+
+
+def _loss_learner(learner: str, classes: int, shape: tuple[int, ...], config: Any) -> Learner:
+    if learner.partition("+")[0] in ("logistic", "frozen"):
+        return linear_loss_learner(classes)
+    return learners.loss_predictor(make_model(classes, shape, config), **_from_scratch(config))
 
 
 def _learner(learner: str, classes: int, shape: tuple[int, ...], config: Any):
@@ -174,10 +187,12 @@ def _learner(learner: str, classes: int, shape: tuple[int, ...], config: Any):
     def fresh(key: Array, meta: PyTree, x: PyTree) -> PyTree:
         return base.init(key, x)
 
-    if learner in ("scratch", "logistic"):
-        own_model, training = _supervised(learner, classes, shape, config)
-        base = learners.fine_tune(own_model, **training)
-        return base, fresh, keep, "both" if learner == "scratch" else "bootstrap"
+    if learner == "scratch":
+        base = learners.fine_tune(model, **_from_scratch(config))
+        return base, fresh, keep, "both"
+    if learner == "logistic":
+        base = learners.linear(classes, ridge=config.logistic_ridge, steps=config.solver_steps)
+        return base, fresh, keep, "bootstrap"
     if learner in META_LEARNERS:
         base = make_meta_learner(learner, model, config, testing=True)
         if learner in OWN_HEAD:
@@ -186,8 +201,7 @@ def _learner(learner: str, classes: int, shape: tuple[int, ...], config: Any):
     if learner != "frozen":
         raise ValueError(f"unknown learner {learner!r}; choose from {list(LEARNERS)}")
     embed = make_embed(model, config.chunk)
-    own_model, training = _supervised(learner, classes, shape, config)
-    base = learners.fine_tune(own_model, **training)
+    base = learners.linear(classes, ridge=config.frozen_ridge, steps=config.solver_steps)
 
     def embedded(meta: PyTree, problem: Problem, test: Batch) -> tuple[Problem, Batch]:
         meta = without_head(model, meta, problem.x)
