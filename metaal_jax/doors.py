@@ -21,6 +21,7 @@ from metaal_jax.door_inputs import (
     classes_of,
     known_labels,
     learner_of,
+    on_host,
     parts_of,
     scaled,
     strategy_of,
@@ -129,7 +130,7 @@ def suggest(
     given = {"logits", "embedding", "committee", "x", "labels", "learner", "refit", "loss_learner", "classes"}
     found = strategy_of("suggest", strategy, given | ({"rounds"} if rounds is not None else set()))
     learner = learner_of("suggest", learner)
-    rows = learner.prepare(x) if isinstance(learner, learners.Trained) else scaled("suggest", x, scale)
+    rows = learner.prepare(on_host(x)) if isinstance(learner, learners.Trained) else scaled("suggest", x, scale)
     n = rows.shape[0]
     check_count("suggest", k)
     known = known_labels("suggest", labels, n, state)
