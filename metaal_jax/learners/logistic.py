@@ -77,7 +77,7 @@ def logistic_head(
     and not two. The solver takes a fixed number of conjugate-gradient steps, each as far as the loss falls along it,
     preconditioned by a bound of the Hessian that is renewed after 4, 8 and every 16 steps. It works in the space of
     the features or of the rows, whichever is smaller. The solution is differentiable in everything but integer `y`,
-    implicitly, also where weights are 0.
+    implicitly and twice, also where weights are 0.
 
     Args:
       embedding: float `[n, d]`.
@@ -323,7 +323,10 @@ def _minimise(problem: Regression, penalty: Array, first: Linear, steps: int) ->
 
 
 def _differentiable(problem: Regression, penalty: Array, solution: Linear, steps: int) -> Linear:
-    """The solution with its derivative, that of the root of the loss's gradient."""
+    """The solution with its first and second derivatives, those of the root of the loss's gradient.
+
+    A step of Newton's method changes nothing there but derivatives, and each one makes those of the next order right.
+    """
     total = problem.weight.sum()
 
     def gradient(problem: Regression, penalty: Array, at: Linear) -> Linear:
@@ -334,19 +337,21 @@ def _differentiable(problem: Regression, penalty: Array, solution: Linear, steps
         return Linear(problem.x.T @ missed + penalty * at.kernel, missed.sum(0) + held)
 
     fixed = lax.stop_gradient(problem)
-    now = gradient(problem, penalty, solution)
-    residual = jax.tree.map(lambda leaf: leaf - lax.stop_gradient(leaf), now)  # 0, all but its derivative
-    hessian = jax.linearize(lambda at: gradient(fixed, lax.stop_gradient(penalty), at), solution)[1]
-    _, p = _predicted(fixed, fixed.x, solution)
+    hessian = jax.linearize(lambda at: gradient(fixed, lax.stop_gradient(penalty), at), lax.stop_gradient(solution))[1]
+    _, p = _predicted(fixed, fixed.x, lax.stop_gradient(solution))
     curvature = fixed.weight * 0.5 * (1.0 - (p**2).sum(-1))
     scale = curvature @ fixed.x**2 + lax.stop_gradient(penalty)
+    tiny, tolerance = jnp.finfo(scale.dtype).tiny, 10.0 * jnp.finfo(scale.dtype).eps
 
     def scaled(v: Linear) -> Linear:
-        return Linear(v.kernel / scale[:, None], v.bias / jnp.maximum(curvature.sum(), jnp.finfo(scale.dtype).tiny))
+        return Linear(v.kernel / scale[:, None], v.bias / jnp.maximum(curvature.sum(), tiny))
 
-    tolerance = 10.0 * jnp.finfo(scale.dtype).eps
-    change, _ = jax.scipy.sparse.linalg.cg(hessian, residual, tol=tolerance, atol=1e-15, maxiter=4 * steps, M=scaled)
-    return jax.tree.map(lambda leaf, moved: leaf - moved, solution, change)
+    for _ in range(2):
+        now = gradient(problem, penalty, solution)
+        right = jax.tree.map(lambda leaf: leaf - lax.stop_gradient(leaf), now)  # 0, all but its derivatives
+        change, _ = jax.scipy.sparse.linalg.cg(hessian, right, tol=tolerance, atol=1e-15, maxiter=4 * steps, M=scaled)
+        solution = jax.tree.map(lambda leaf, moved: leaf - moved, solution, change)
+    return solution
 
 
 def _chosen_ridge(problem: Regression, first: Linear, ridges: Sequence[float], steps: int) -> tuple[Array, Linear]:
