@@ -52,11 +52,11 @@ def active_learner(
     A round is `ask` (predict the pool, let the policy decide), an answer, and `tell` (take the answers into the
     labelled buffer, adapt again). `step` is a whole round with a simulated annotator, and `run` scans it:
 
-    >>> import jax, jax.numpy as jnp, optax
+    >>> import jax, jax.numpy as jnp
     >>> import metaal_jax as ml
     >>> x, y = jax.random.normal(jax.random.key(0), (50, 4)), jnp.arange(50) % 2
     >>> problem = ml.tasks.problem(x + 3 * y[:, None], y, x + 3 * y[:, None], y)
-    >>> learner = ml.learners.fine_tune(ml.models.MLP(2, hidden=()), optimizer=optax.adam(0.1), steps=20)
+    >>> learner = ml.learners.linear(2)
     >>> active = ml.active_learner(learner, ml.acquisition.top_k(ml.acquisition.margin, k=2), capacity=10)
     >>> def experiment(key, problem):
     ...     meta_key, run_key = jax.random.split(key)

@@ -1,5 +1,7 @@
 """Heads in closed form: against scikit-learn and SciPy, their derivatives against finite differences."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +12,18 @@ from sklearn.linear_model import Ridge
 from sklearn.svm import LinearSVC
 
 from metaal_jax.learners.heads import prototype_head, ridge_head, svm_dual, svm_head, svm_residual
+from metaal_jax.learners.logistic import logistic_head
 from metaal_jax.losses import cross_entropy
+
+FIRM = functools.partial(logistic_head, unseen=0.0)  # rules out classes without a label, as the other heads do
 
 HEADS = {  # the head, its hyperparameters, features of 7 rows: more than rows for the dual form of ridge regression
     "ridge, primal": (ridge_head, {"ridge": 0.7, "scale": 3.0}, 4),
     "ridge, dual": (ridge_head, {"ridge": 0.7, "scale": 3.0}, 9),
     "svm": (svm_head, {"penalty": 0.2, "ridge": 0.5, "scale": 3.0}, 4),
     "svm, no ridge": (svm_head, {"penalty": 0.2, "ridge": 0.0, "scale": 3.0}, 9),
+    "logistic": (FIRM, {"ridge": 0.7, "temperature": 1.5}, 4),
+    "logistic, rows": (FIRM, {"ridge": 0.7, "temperature": 1.5}, 9),
 }
 each_head = pytest.mark.parametrize("name", HEADS)
 fit_ridge = jax.jit(ridge_head, static_argnums=3, static_argnames="intercept")
@@ -349,6 +356,7 @@ WRONG = {
     "penalty": lambda *rows: svm_head(*rows, penalty=0.0),
     "ridge must be >= 0": lambda *rows: svm_residual(*rows, ridge=-1.0),
     "iterations": lambda *rows: svm_head(*rows, iterations=0),
+    "logistic_head: steps": lambda *rows: logistic_head(*rows, steps=0),
 }
 
 

@@ -58,6 +58,9 @@ FAMILY = {  # made for a model: name of a learner that gets its gradient through
     "r2d2": lambda model: learners.r2d2(model, ridge=0.5, scale=2.0),
     "r2d2, intercept": lambda model: learners.r2d2(model, ridge=0.5, scale=2.0, intercept=True),
     "metaoptnet": lambda model: learners.metaoptnet(model, learn=("scale", "penalty", "ridge")),
+    "logistic": lambda model: learners.through(
+        learners.closed_form(model, learners.logistic_head, settings={"ridge": 0.5}, learn=("ridge",), warm=True)
+    ),
 }  # fmt: skip
 NORMED = {
     "maml, support statistics": lambda model: learners.maml(model, **CURVED, statistics="support"),

@@ -100,9 +100,8 @@ def expected_error_reduction(learner: Learner, *, loss: Loss = "log", chunk: int
     Reference: Roy, McCallum: Toward Optimal Active Learning through Sampling Estimation of Error Reduction, 2001;
     Guo, Greiner: Optimistic Active Learning using Mutual Information, 2007.
 
-    >>> import optax
-    >>> from metaal_jax import acquisition, learners, models
-    >>> learner = learners.fine_tune(models.MLP(3, hidden=()), optimizer=optax.adam(0.1), steps=30)
+    >>> from metaal_jax import acquisition, learners
+    >>> learner = learners.linear(3, steps=16)
     >>> policy = acquisition.top_k(acquisition.expected_error_reduction(learner, loss="zero_one"), k=1)
     """
     _check("expected_error_reduction", loss, chunk)

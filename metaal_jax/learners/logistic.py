@@ -17,6 +17,7 @@ from metaal_jax.models import MLP
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
 REFRESH = 16  # steps with one preconditioner
+EARLY = (4, 8)  # and two more, since the first one knows nothing of the solution
 LINE_STEPS = 3  # Newton steps of a line search
 LEAVE_ONE_OUT = "leave_one_out"
 
@@ -44,6 +45,17 @@ class Linear(NamedTuple):
     bias: Array
 
 
+class Search(NamedTuple):
+    """Where the solver is: parameters, bias last, and their logits; what the last step went by; the preconditioner."""
+
+    params: Array
+    logits: Array
+    direction: Array
+    slope: Array
+    steepest: Array
+    inverse: Array
+
+
 @FULL_PRECISION
 def logistic_head(
     embedding: Array,
@@ -63,9 +75,9 @@ def logistic_head(
     The kernel and the bias minimise `sum_i w_i CE(z_i W + b, y_i) + ridge / 2 |W|^2` over the classes that have a
     label. As in scikit-learn the bias is free and, where only two classes have labels, one weight vector is penalised
     and not two. The solver takes a fixed number of conjugate-gradient steps, each as far as the loss falls along it,
-    preconditioned by a bound of the Hessian that is renewed every 16 steps. It works in the space of the features or
-    of the rows, whichever is smaller. The solution is differentiable in everything but integer `y`, implicitly, also
-    where weights are 0.
+    preconditioned by a bound of the Hessian that is renewed after 4, 8 and every 16 steps. It works in the space of
+    the features or of the rows, whichever is smaller. The solution is differentiable in everything but integer `y`,
+    implicitly and twice, also where weights are 0.
 
     Args:
       embedding: float `[n, d]`.
@@ -96,7 +108,7 @@ def logistic_head(
         _check_setting(name, value)
     require(unseen >= 0, f"logistic_head: unseen must be at least 0, got {unseen}")
     require(steps >= 1, f"logistic_head: steps must be at least 1, got {steps}")
-    if not ridges or min(ridges) <= 0:
+    if not ridges or not all(value > 0 for value in ridges):
         raise ValueError(f"logistic_head: ridges must be numbers above 0, got {tuple(ridges)}")
     embedding = clear_padding(embedding, weight)
     target, weight = class_targets("logistic_head", y, weight, classes)
@@ -113,7 +125,8 @@ def logistic_head(
         temperature = _chosen_temperature(fixed, logits)
     solution = _differentiable(problem, _penalty(problem, ridge), solution, steps)
     kernel, bias = temperature * solution.kernel, temperature * solution.bias
-    rare = jax.nn.logsumexp(_masked(problem.present, bias)) + jnp.log(unseen / total)
+    # Two logarithms, since that of 0 divided by the total has no derivative in the total.
+    rare = jax.nn.logsumexp(_masked(problem.present, bias)) + jnp.log(unseen) - jnp.log(total)
     bias = jnp.where(problem.present, bias - mean @ kernel, rare)
     labelled = problem.present.any()
     return {"kernel": jnp.where(labelled, kernel, 0.0), "bias": jnp.where(labelled, bias, 0.0)}
@@ -139,11 +152,12 @@ def linear(
 
     >>> import jax, numpy as np
     >>> from metaal_jax import Batch, learners
-    >>> x, y = np.asarray([[-2.0], [-1.0], [1.0], [2.0]], np.float32), np.asarray([0, 0, 1, 1])
+    >>> x, y = np.asarray([[-2.0], [-1.0], [1.0], [2.0]], np.float32), np.asarray([0, 0, 1, 1], np.int32)
     >>> learner = learners.linear(2)
     >>> key = jax.random.key(0)
     >>> params = learner.adapt(key, learner.init(key, x), Batch(x, y, np.ones(4, np.float32)))
-    >>> jax.nn.softmax(learner.predict(params, x).logits[0]).round(2)[:, 1].tolist()
+    >>> [f"{p:.2f}" for p in jax.nn.softmax(learner.predict(params, x).logits[0])[:, 1]]
+    ['0.12', '0.27', '0.73', '0.88']
 
     Args:
       classes: number of classes; those without a label are improbable, see `unseen`.
@@ -156,7 +170,8 @@ def linear(
       ValueError: see `logistic_head` and `closed_form`; for a loss of targets or of several labels at once.
     """
     check_class_loss("linear", loss)
-    settings, chosen = {}, {}
+    settings: dict[str, float | Array] = {}
+    chosen: dict[str, str] = {}
     for name, value in (("ridge", ridge), ("temperature", temperature)):
         _check_setting(name, value)
         if isinstance(value, str):
@@ -176,23 +191,21 @@ def linear(
 def left_out(problem: Regression, penalty: Array, solution: Linear) -> Array:
     """Logits `[n, c]` of each labelled row by the regression without it, approximately: one step from the solution.
 
-    The step is Newton's, with the Hessian's blocks between different classes left out, as if each class were fitted
-    against the rest (Rad, Maleki, 2020).
+    The step is Newton's (Rad, Maleki, 2020), with one curvature for all classes of a row in the Hessian, that along its
+    own gradient: exact for two classes, and one matrix is inverted and not one of `c` times the size.
     """
     z, _ = _reduced(problem)
     x = jnp.concatenate([z, jnp.ones_like(z[:, :1])], axis=1)
     logits, p = _predicted(problem, problem.x, solution)
-    curvature = p * (1.0 - p)
-    ridge = penalty * jnp.ones(x.shape[1]).at[-1].set(0.0)
-
-    def leverage(curvature: Array) -> Array:
-        inverse = _inverse(x, problem.weight * curvature, ridge)
-        return ((x @ inverse) * x).sum(-1)
-
-    lever = problem.weight[:, None] * lax.map(leverage, curvature.T).T
+    missed = p - problem.target
+    size = (missed**2).sum(-1)
+    along = (p * missed**2).sum(-1) - (p * missed).sum(-1) ** 2
+    curvature = along / jnp.where(size > 0, size, 1.0)
+    ridge = penalty * jnp.ones(x.shape[1], x.dtype).at[-1].set(0.0)
+    lever = problem.weight * ((x @ _inverse(x, problem.weight * curvature, ridge)) * x).sum(-1)
     # A row cannot weigh more than the whole of its own prediction.
     without = lever / jnp.maximum(1.0 - lever * curvature, 1e-3)
-    return logits + without * (p - problem.target)
+    return logits + without[:, None] * missed
 
 
 def _check_setting(name: str, value: object) -> None:
@@ -269,9 +282,8 @@ def _minimise(problem: Regression, penalty: Array, first: Linear, steps: int) ->
         curvature = 0.5 * (1.0 - (probabilities(logits) ** 2).sum(-1))
         return _inverse(x, weight * curvature, ridge)
 
-    def along(logits: Array, params: Array, direction: Array) -> Array:
+    def along(logits: Array, change: Array, params: Array, direction: Array) -> Array:
         """How far down the loss falls along a direction, by Newton's method between bounds."""
-        change = x @ direction
         slope = (ridge[:, None] * params * direction).sum() - (weight[:, None] * target * change).sum()
         bend = (ridge[:, None] * direction**2).sum()
         low, high, far = jnp.zeros((), x.dtype), jnp.full((), jnp.inf, x.dtype), jnp.zeros((), x.dtype)
@@ -282,16 +294,15 @@ def _minimise(problem: Regression, penalty: Array, first: Linear, steps: int) ->
             second = weight @ ((p * change**2).sum(-1) - mean**2) + bend
             low = jnp.where(first < 0, far, low)
             high = jnp.where((first >= 0) & (turn > 0), far, high)
-            newton = far - first / second
+            newton = far - first / jnp.where(second > 0, second, 1.0)
             between = jnp.where(jnp.isinf(high), 2.0 * far + 1.0, 0.5 * (low + high))
             far = jnp.where((newton > low) & (newton < high), newton, between)
         return jnp.where(jnp.isfinite(far), far, 0.0)
 
-    def step(carry: tuple[Array, ...], turn: Array) -> tuple[tuple[Array, ...], None]:
-        params, direction, slope, steepest, inverse = carry
-        logits = x @ params
+    def step(search: Search, turn: Array) -> tuple[Search, None]:
+        params, logits, direction, slope, steepest, inverse = search
         new = x.T @ (weight[:, None] * (probabilities(logits) - target)) + ridge[:, None] * params
-        fresh = turn % REFRESH == 0
+        fresh = (turn % REFRESH == 0) | (turn == jnp.asarray(EARLY)).any()
         inverse = lax.cond(fresh, preconditioner, lambda _: inverse, logits)
         down = inverse @ new
         before = (slope * steepest).sum()
@@ -299,19 +310,23 @@ def _minimise(problem: Regression, penalty: Array, first: Linear, steps: int) ->
         kept = jnp.where(fresh | (before <= 0), 0.0, jnp.maximum(kept, 0.0))
         direction = kept * direction - down
         direction = jnp.where((direction * new).sum() < 0, direction, -new)
-        params = params + along(logits, params, direction) * direction
-        return (params, direction, new, down, inverse), None
+        change = x @ direction
+        far = along(logits, change, params, direction)
+        return Search(params + far * direction, logits + far * change, direction, new, down, inverse), None
 
     params = jnp.concatenate([kernel, first.bias[None]])
     nothing = jnp.zeros_like(params)
-    carry = (params, nothing, nothing, nothing, jnp.zeros((x.shape[1],) * 2, x.dtype))
-    (params, *_), _ = lax.scan(step, carry, jnp.arange(steps))
+    search = Search(params, x @ params, nothing, nothing, nothing, jnp.zeros((x.shape[1],) * 2, x.dtype))
+    params = lax.scan(step, search, jnp.arange(steps))[0].params
     kernel = params[:-1] if basis is None else basis @ params[:-1]
     return Linear(kernel, _centred(problem, params[-1]))
 
 
 def _differentiable(problem: Regression, penalty: Array, solution: Linear, steps: int) -> Linear:
-    """The solution with its derivative, that of the root of the loss's gradient."""
+    """The solution with its first and second derivatives, those of the root of the loss's gradient.
+
+    A step of Newton's method changes nothing there but derivatives, and each one makes those of the next order right.
+    """
     total = problem.weight.sum()
 
     def gradient(problem: Regression, penalty: Array, at: Linear) -> Linear:
@@ -322,19 +337,21 @@ def _differentiable(problem: Regression, penalty: Array, solution: Linear, steps
         return Linear(problem.x.T @ missed + penalty * at.kernel, missed.sum(0) + held)
 
     fixed = lax.stop_gradient(problem)
-    now = gradient(problem, penalty, solution)
-    residual = jax.tree.map(lambda leaf: leaf - lax.stop_gradient(leaf), now)  # 0, all but its derivative
-    hessian = jax.linearize(lambda at: gradient(fixed, lax.stop_gradient(penalty), at), solution)[1]
-    _, p = _predicted(fixed, fixed.x, solution)
+    hessian = jax.linearize(lambda at: gradient(fixed, lax.stop_gradient(penalty), at), lax.stop_gradient(solution))[1]
+    _, p = _predicted(fixed, fixed.x, lax.stop_gradient(solution))
     curvature = fixed.weight * 0.5 * (1.0 - (p**2).sum(-1))
     scale = curvature @ fixed.x**2 + lax.stop_gradient(penalty)
+    tiny, tolerance = jnp.finfo(scale.dtype).tiny, 10.0 * jnp.finfo(scale.dtype).eps
 
     def scaled(v: Linear) -> Linear:
-        return Linear(v.kernel / scale[:, None], v.bias / jnp.maximum(curvature.sum(), jnp.finfo(scale.dtype).tiny))
+        return Linear(v.kernel / scale[:, None], v.bias / jnp.maximum(curvature.sum(), tiny))
 
-    tolerance = 10.0 * jnp.finfo(scale.dtype).eps
-    change, _ = jax.scipy.sparse.linalg.cg(hessian, residual, tol=tolerance, atol=1e-15, maxiter=4 * steps, M=scaled)
-    return jax.tree.map(lambda leaf, moved: leaf - moved, solution, change)
+    for _ in range(2):
+        now = gradient(problem, penalty, solution)
+        right = jax.tree.map(lambda leaf: leaf - lax.stop_gradient(leaf), now)  # 0, all but its derivatives
+        change, _ = jax.scipy.sparse.linalg.cg(hessian, right, tol=tolerance, atol=1e-15, maxiter=4 * steps, M=scaled)
+        solution = jax.tree.map(lambda leaf, moved: leaf - moved, solution, change)
+    return solution
 
 
 def _chosen_ridge(problem: Regression, first: Linear, ridges: Sequence[float], steps: int) -> tuple[Array, Linear]:
