@@ -99,8 +99,8 @@ def scaled(name: str, x: ArrayLike, scale: str) -> np.ndarray:
 def strategy_of(door: str, name: str, given: set[str]) -> names.Strategy:
     """The strategy, or the reason why the door cannot have it."""
     found = names.find(name)
-    if door == "suggest" and found.labels == "targets":
-        raise ValueError(f"suggest: {name} is for targets that are numbers, and labels here are classes; give "
+    if door != "pick" and found.labels == "targets":
+        raise ValueError(f"{door}: {name} is for targets that are numbers, and labels here are classes; give "
                          f"strategy={names.DEFAULT!r}, or names.strategy({name!r}) to active_learner")  # fmt: skip
     for need in found.needs:
         if need in given:
