@@ -32,6 +32,7 @@ from metaal_jax.base import (
 from metaal_jax.checks import check_learner, check_policy
 from metaal_jax.loop import active_learner
 from metaal_jax.outer import outer_loop
+from metaal_jax.training import meta_train
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "learners",
     "loop",
     "losses",
+    "meta_train",
     "metrics",
     "models",
     "outer_loop",
