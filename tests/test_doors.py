@@ -1,6 +1,7 @@
 """The doors for people with rows: the same rows as the loop's, and one line for what cannot be right."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -275,3 +276,14 @@ def test_tensors_and_sparse_rows():
     scipy = pytest.importorskip("scipy.sparse")
     with pytest.raises(ValueError, match=re.escape("give x.toarray(), or fewer columns")):
         ml.suggest(scipy.csr_matrix(X), k=K)
+
+
+def test_the_page_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parent.parent / "docs" / "doors.md").read_text()
+    scope = {}
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", page, re.S)):
+        exec(compile(block, f"docs/doors.md, block {number}", "exec"), scope)
+    assert float(capsys.readouterr().out.split()[0]) > 0.9  # accuracy with 20 labels
+    assert (tmp_path / "wine.png").is_file()
+    assert len(scope["found"].rows) == 5
