@@ -101,7 +101,8 @@ class Config:
     joint_members: Annotated[int, at_least(2)] = 100
     """Draws for strategies that look at a sample of the pool."""
     prior_precision: Annotated[float, above(0)] = 20.0
-    """Of the Laplace posterior: the reciprocal variance of each weight before any label."""
+    """Of the Laplace posterior: the reciprocal variance of each weight before any label. That of the regression itself
+    is the ridge; a larger one draws members that agree more."""
     best: Annotated[int, at_least(0)] = 5
     """How many of the best strategies adapt the whole network afterwards; 0 for none."""
     best_seeds: int = 4

@@ -73,12 +73,12 @@ def learners(path: Path) -> str:
 
 
 def benchmark(path: Path) -> str:
-    """Speeds and ratios of one benchmark: medians and quartiles."""
+    """Speeds, ratios and differences of one benchmark: medians and quartiles."""
     result = read_results(path)
     lines = []
     for row in result["rows"]:
         against = f"{row['name']} : {row['compared_with']}" if row["metric"] == "ratio" else row["name"]
-        if row["metric"] == "ratio" or row["metric"].endswith("_per_second"):
+        if row["metric"] in ("ratio", "largest_difference") or row["metric"].endswith("_per_second"):
             lines.append([against, row["metric"].replace("_", " "), f"{row['mean']:.4g}",
                           f"{row['low']:.4g} to {row['high']:.4g}"])  # fmt: skip
     caption = f"`{result['command']}` ({result['device']})"

@@ -191,21 +191,23 @@ def linear(
 def left_out(problem: Regression, penalty: Array, solution: Linear) -> Array:
     """Logits `[n, c]` of each labelled row by the regression without it, approximately: one step from the solution.
 
-    The step is Newton's (Rad, Maleki, 2020), with one curvature for all classes of a row in the Hessian, that along its
-    own gradient: exact for two classes, and one matrix is inverted and not one of `c` times the size.
+    The step is Newton's (Rad, Maleki, 2020), with the Hessian's blocks between different classes left out and those of
+    one class enlarged by `c / (c - 1)`: exact for two classes, and as if the others shared what a class gives up.
     """
     z, _ = _reduced(problem)
     x = jnp.concatenate([z, jnp.ones_like(z[:, :1])], axis=1)
     logits, p = _predicted(problem, problem.x, solution)
-    missed = p - problem.target
-    size = (missed**2).sum(-1)
-    along = (p * missed**2).sum(-1) - (p * missed).sum(-1) ** 2
-    curvature = along / jnp.where(size > 0, size, 1.0)
+    classes = jnp.maximum(problem.present.sum(), 2)
+    curvature = p * (1.0 - p) * (classes / (classes - 1)).astype(x.dtype)
     ridge = penalty * jnp.ones(x.shape[1], x.dtype).at[-1].set(0.0)
-    lever = problem.weight * ((x @ _inverse(x, problem.weight * curvature, ridge)) * x).sum(-1)
+
+    def leverage(curvature: Array) -> Array:
+        return ((x @ _inverse(x, problem.weight * curvature, ridge)) * x).sum(-1)
+
+    lever = problem.weight[:, None] * lax.map(leverage, curvature.T).T
     # A row cannot weigh more than the whole of its own prediction.
     without = lever / jnp.maximum(1.0 - lever * curvature, 1e-3)
-    return logits + without[:, None] * missed
+    return logits + without * (p - problem.target)
 
 
 def _check_setting(name: str, value: object) -> None:
