@@ -9,7 +9,8 @@ import pytest
 from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.linear_model import LogisticRegression
 
-from metaal_jax import Batch, learners
+from metaal_jax import Batch, learners, losses
+from metaal_jax.learners import logistic
 from metaal_jax.learners.logistic import RIDGES, logistic_head
 
 LOADERS = {"digits": load_digits, "wine": load_wine, "breast_cancer": load_breast_cancer}
@@ -117,8 +118,8 @@ def left_out_loss(x, y, ridge):
 def test_leaving_one_out_chooses_the_ridge_of_exact_refits():
     x, y, _, _ = rows("wine")
     x, y, ridges = x[:40], y[:40], (0.01, 1.0, 100.0)
-    losses = [left_out_loss(x, y, ridge) for ridge in ridges]
-    best = ridges[int(np.argmin(losses))]
+    scores = [left_out_loss(x, y, ridge) for ridge in ridges]
+    best = ridges[int(np.argmin(scores))]
     weight = np.ones(40, np.float32)
     chosen = fit_head(x, y, weight, 3, ridge="leave_one_out", ridges=ridges)
     wanted = fit_head(x, y, weight, 3, ridge=best)
@@ -126,6 +127,30 @@ def test_leaving_one_out_chooses_the_ridge_of_exact_refits():
     noise = np.random.default_rng(0).permutation(y)  # labels that have nothing to do with the rows
     chosen = fit_head(x, noise, weight, 3, ridge="leave_one_out")
     np.testing.assert_allclose(chosen["kernel"], fit_head(x, noise, weight, 3, ridge=RIDGES[-1])["kernel"], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["digits", "breast_cancer"])
+def test_rows_left_out_are_as_unlikely_as_by_refits(name):
+    """The cross entropy of rows left out, against a fit for each row without it, over ridges."""
+    x, y, _, _ = rows(name)
+    x, y, classes = x[:60], y[:60], int(y.max()) + 1
+    weight, target = jnp.ones(60), jax.nn.one_hot(y, classes)
+    problem = logistic.Regression(jnp.asarray(x - x.mean(0)), target, weight, target.sum(0) > 0)
+
+    @jax.jit
+    def both(ridge):
+        def refit(i):
+            head = logistic_head(x, y, weight.at[i].set(0.0), classes, ridge=ridge)
+            return jnp.asarray(x)[i] @ head["kernel"] + head["bias"]
+
+        head, penalty = logistic_head(x, y, weight, classes, ridge=ridge), ridge * (2.0 if classes == 2 else 1.0)
+        solution = logistic.Linear(head["kernel"], head["bias"] + x.mean(0) @ head["kernel"])
+        near, exact = logistic.left_out(problem, penalty, solution), jax.lax.map(refit, jnp.arange(60))
+        return tuple(losses.cross_entropy(logits, jnp.asarray(y), weight) for logits in (near, exact))
+
+    for ridge in (0.1, 1.0, 10.0):
+        near, exact = map(float, both(ridge))
+        assert near == pytest.approx(exact, rel=0.08), ridge
 
 
 def test_temperature_is_a_factor_on_logits():
