@@ -11,6 +11,7 @@ import pytest
 
 import metaal_jax as ml
 from metaal_jax import learners, models
+from metaal_jax.studies import results
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "own_tasks.md").read_text()
@@ -184,3 +185,18 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
     exec(compile(use, "use", "exec"), names)
     assert capsys.readouterr().out == done.stdout
     assert float(done.stdout) > 0.5  # of three classes
+
+
+def test_the_experiment_that_chose_the_default(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    import own_tasks
+
+    for family in own_tasks.FAMILIES.values():
+        made = list(family(0))
+        assert len(made) == 50
+        assert all(len(x) == len(y) and 2 <= len(np.unique(y)) <= 4 for x, y in made)
+    path = tmp_path / "found.json"
+    own_tasks.job(own_tasks.Config(learners="protonet", families="digits", steps=1, save_results=str(path)))
+    found = results.read_results(path)["rows"]
+    assert [row["labels"] for row in found] == [1] * 3 + [5] * 3 + [20] * 3
+    assert "digits: protonet on rows of shape [64]" in capsys.readouterr().out
