@@ -139,7 +139,8 @@ def test_posteriors_of_heads_with_a_class_without_a_label(key, hessian):
 def test_many_tasks_with_absent_classes_are_finite_under_vmap(key):
     batch = example(key)
     weights = jnp.stack([batch.weight * (batch.y != c) for c in range(4)] + [0 * batch.weight])
-    for learner in (learners.maml(FOUR, **PROTOTYPES), learners.protonet(FOUR), learners.r2d2(FOUR)):
+    for learner in (learners.maml(FOUR, **PROTOTYPES), learners.protonet(FOUR), learners.r2d2(FOUR),
+                    learners.linear(4, learn=("ridge",)), learners.linear(4, unseen=0.0)):  # fmt: skip
         meta = jax.jit(learner.init)(key, batch.x)
 
         def gradient(weight, learner=learner, meta=meta):

@@ -71,6 +71,8 @@ LEARNERS = {  # learner, its rows
     ),
     "probabilities, protonet": (learners.protonet(THREE), probabilities),
     "probabilities, r2d2": (learners.r2d2(THREE), probabilities),
+    "probabilities, linear": (learners.linear(3), probabilities),
+    "probabilities, linear with its ridge chosen": (learners.linear(3, ridge="leave_one_out"), probabilities),
     "probabilities, seen classes": (
         learners.seen_classes(learners.fine_tune(THREE, optimizer=SGD, steps=2)), probabilities,
     ),

@@ -28,7 +28,8 @@ MODES = {
 ROWS = {
     "strategies": "keep_the_contract and (margin or badge or bald or typical or herding)",
     "learners": "test_contract and (maml or fine_tune or committee or laplace)",
-    "meta_learners": "test_contract and (implicit_maml or r2d2 or metaoptnet or protonet or meta_sgd)",
+    "meta_learners": "test_contract and (implicit_maml or r2d2 or metaoptnet or protonet or meta_sgd or logistic)",
+    "logistic": "are_scikit_learns and wine or wide or weights or leaving",
     "semi_supervised": "test_contract_with_a_pool",
     "acquisition": "keep_the_contract or against_their_definitions",
     "policies": "TestLearned and test_contract or test_defined_from or solves_the_toy and (reinforce or pathwise)",
