@@ -34,6 +34,7 @@ from metaal_jax.checks import check_learner, check_policy
 from metaal_jax.doors import compare, pick, suggest
 from metaal_jax.loop import active_learner
 from metaal_jax.outer import outer_loop
+from metaal_jax.training import meta_train
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "learners",
     "loop",
     "losses",
+    "meta_train",
     "metrics",
     "models",
     "names",

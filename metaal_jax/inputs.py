@@ -28,8 +28,8 @@ def rows(name: str, x: PyTree, *, what: str = "x") -> PyTree:
       what: name of the argument.
 
     Raises:
-      ValueError: for no rows, leaves of different numbers of rows, values that are no numbers, or a cell that is NaN
-        or infinite, which it names.
+      ValueError: for no rows, leaves of different numbers of rows, values that are no numbers, or a cell that is NaN,
+        infinite or beyond what JAX keeps, which it names.
     """
     if not jax.tree.leaves(x):
         raise ValueError(f"{name}: {what} is empty; give an array with one row for each example")
@@ -48,16 +48,24 @@ def rows(name: str, x: PyTree, *, what: str = "x") -> PyTree:
                 f"{name}: {label}[{', '.join(map(str, cell))}] is {np.asarray(leaf)[cell]}; fill in or leave out rows "
                 "with missing values"
             )
-        kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
-        if kept == np.float32 != leaf.dtype and (beyond := np.abs(leaf) > np.finfo(np.float32).max).any():
-            cell = tuple(int(i) for i in np.argwhere(beyond)[0])
-            raise ValueError(
-                f"{name}: {label}[{', '.join(map(str, cell))}] is {leaf[cell]}, beyond what float32 holds; give the "
-                "column another unit"
-            )
+        _check_kept(name, label, leaf)
     if rows_of(x) == 0:
         raise ValueError(f"{name}: {what} has no rows")
     return jax.tree.map(jnp.asarray, x)
+
+
+def _check_kept(name: str, label: str, leaf: np.ndarray) -> None:
+    """Raises a `ValueError` for numbers beyond the narrower type that JAX keeps them in."""
+    kept = jax.dtypes.canonicalize_dtype(leaf.dtype)
+    if kept == leaf.dtype or leaf.dtype.kind not in "iuf":
+        return
+    limits: Any = np.finfo(kept) if leaf.dtype.kind == "f" else np.iinfo(kept)
+    if (beyond := (leaf < limits.min) | (leaf > limits.max)).any():
+        cell = tuple(int(i) for i in np.argwhere(beyond)[0])
+        raise ValueError(
+            f"{name}: {label}[{', '.join(map(str, cell))}] is {leaf[cell]}, beyond what {kept} holds; give the column "
+            "another unit"
+        )
 
 
 def labels(name: str, y: Any, *, count: int, what: str = "y", classes: int | None = None) -> Array:

@@ -143,6 +143,10 @@ REFUSED = {
     "three parts": (([(X, Y, Y)],), "task 0 is a list of 3"),
     "NaN": (([(X, Y), (BROKEN, Y)],), r"task 1, x\[2, 1\] is nan"),
     "a huge number": (([(X.astype(np.float64) * 1e300, Y)],), r"task 0, x\[0, 0\] is .*beyond what float32 holds"),
+    "a time in milliseconds": (
+        ([(np.full((6, 2), 1_700_000_000_000), Y)],),
+        r"x\[0, 0\] is 17.*beyond what int32 holds",
+    ),
     "text": (([(np.full((6, 2), "a"), Y)],), "task 0, x holds strings, not numbers"),
     "ragged": (([([[1.0], [1.0, 2.0]], Y[:2])],), "task 0, x has rows of different lengths"),
     "a dictionary": (([({"a": X}, Y)],), "task 0, x is a dict"),
