@@ -27,8 +27,14 @@ _PLACE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR, e
           errno.ELOOP, errno.EIO, errno.ENOTEMPTY)  # fmt: skip
 
 
-def main(function: Callable[[], None]) -> None:
-    """Runs a script's main function; errors that the user can mend become one line and exit status 2."""
+def main(function: Callable[[], None], *, resumable: bool = True) -> None:
+    """Runs a script's main function; errors that the user can mend become one line and exit status 2.
+
+    Args:
+      function: the script's.
+      resumable: whether it keeps its finished steps in a run folder, and takes `--resume`.
+    """
+    kept, resume = ("finished steps are kept: ", ", then go on with --resume") if resumable else ("", "")
     try:
         function()
     except (UsageError, DataError, CheckpointError) as error:
@@ -38,13 +44,13 @@ def main(function: Callable[[], None]) -> None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         mend = "make room" if error.errno in _FULL else "let it be written"
-        sys.exit(_say(f"{error.strerror}{where}; finished steps are kept: {mend}, then go on with --resume"))
+        sys.exit(_say(f"{error.strerror}{where}; {kept}{mend}{resume}"))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sys.exit(_say("not enough memory; finished steps are kept: ask for less, such as fewer rows, seeds or filters"))
+        sys.exit(_say(f"not enough memory; {kept}ask for less, such as fewer rows, seeds or filters"))
     except KeyboardInterrupt:
-        _leave(_say("interrupted; finished steps are kept: go on with --resume", 130))
+        _leave(_say(f"interrupted{'; finished steps are kept: go on with --resume' if resumable else ''}", 130))
 
 
 def _leave(status: int) -> None:
