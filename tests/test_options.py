@@ -183,7 +183,7 @@ def test_studies_need_no_extra():
     code = """if True:
         import sys
         extra = ("tqdm", "tyro", "tabulate", "matplotlib", "tensorboardX")
-        import metaal_jax
+        from metaal_jax import *
         assert not set(extra) & set(sys.modules)
         sys.modules.update(dict.fromkeys(extra))
         from metaal_jax.studies import comparison, files, folder, options, processes, results, statistics, study, usage

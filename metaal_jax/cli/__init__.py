@@ -6,6 +6,7 @@ Modules here import JAX only once the arguments are known, so that `--help` and 
 import difflib
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = importlib.import_module(f"metaal_jax.cli.{name}")
     parser = Parser(prog=f"metaal {name}", description=command.__doc__)
     command.add(parser)
-    options = parser.parse_args(given[1:])
+    options = parser.options(given[1:])
+    options.command = shlex.join(["metaal", *given])
 
     from metaal_jax.studies import usage
 

@@ -6,7 +6,6 @@ arrays x and y, or a .csv or .npz with --label-column. Needs the extra `experime
 
 import argparse
 import functools
-import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -71,7 +70,7 @@ def run(options: argparse.Namespace) -> None:
         _print_differences(study)
         print(flush=True)
         if place := places[name]["results"]:
-            study.save(place, command=shlex.join(["metaal", *sys.argv[1:]]))
+            study.save(place, command=options.command)
         if place := places[name]["picture"]:
             study.plot(place, title=name)
     if several_sets:

@@ -152,19 +152,18 @@ def _is_header(path: str, cells: list[list[str]], line: int, header: str | None)
     """Whether the first line holds names: it does if none of them is a number."""
     if header is not None:
         return header == "yes"
-    numbers = [_is_number(cell) for cell in cells[0]]
-    counted = len(numbers) > 2 and [cell for cell in cells[0] if cell] in (
-        [str(number + start) for number in range(len(cells[0]) - cells[0].count(""))] for start in (0, 1)
-    )
-    if not any(numbers):
+    numbers = [cell for cell in cells[0] if _is_number(cell)]
+    if not numbers:
         return True
-    if all(numbers) and not counted:
-        return False
-    # Text over numbers is a name; text over text may be either.
-    if not counted and len(cells) > 1 and all(a == _is_number(b) for a, b in zip(numbers, cells[1], strict=True)):
-        return False
-    what = "could be names or a row" if counted else "holds names and numbers"
-    raise UsageError(f"{path} line {line} {what}; say --header yes or --header no")
+    mixed = len(numbers) < len(cells[0])
+    counted = any(numbers == [str(start + i) for i in range(len(numbers))] for start in (0, 1))
+    if counted and len(numbers) >= 3 - mixed:  # columns are often named so
+        raise UsageError(f"{path} line {line} could be names or a row; say --header yes or --header no")
+    if len(cells) > 1 and any(
+        _is_number(below) and not _is_number(above) for above, below in zip(*cells[:2], strict=True)
+    ):
+        raise UsageError(f"{path} line {line} holds names and numbers; say --header yes or --header no")
+    return False
 
 
 def _from_sheet(sheet: Sheet, asked: dict[str, str], drop: Sequence[str]) -> Rows:

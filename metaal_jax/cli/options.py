@@ -36,9 +36,9 @@ class Parser(argparse.ArgumentParser):
         """One line, and where to look."""
         fail(f"{message.removeprefix('argument ')}; {self.prog} --help shows all options")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """The options; words that are none are refused with those that are like them."""
-        found, rest = self.parse_known_args(args, namespace)
+    def options(self, words: Sequence[str]) -> argparse.Namespace:
+        """The options of a command line; words that are none are refused with those that are like them."""
+        found, rest = self.parse_known_args(words)
         if rest:
             word = rest[0].partition("=")[0]
             near = difflib.get_close_matches(word, self._option_string_actions, n=1)
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     """The type of an option that is a whole number in a range."""
 
     def parse(text: str) -> int:
@@ -54,8 +54,9 @@ def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
             value = int(text)
         except ValueError:
             value = least - 1
-        if not least <= value <= most:
-            ends = f"at least {least}" if value < least and most >= 2**31 - 1 else f"from {least} to {most}"
+        top = 2**31 - 1 if most is None else most
+        if not least <= value <= top:
+            ends = f"at least {least}" if value < least and most is None else f"from {least} to {top}"
             raise argparse.ArgumentTypeError(f"{text!r} must be a whole number {ends}")
         return value
 

@@ -31,5 +31,5 @@ def run(options: argparse.Namespace) -> None:
         return
     for name in dict.fromkeys([*names.STRATEGIES, *names.ADAPTIVE, *names.REGRESSION, *policies.shipped()]):
         found = names.find(name)
-        doors = ", ".join(doors_of(name)) or "active_learner"
-        print(f"{name}: {found.line} (needs {', '.join(found.needs) or 'nothing'}; {doors})")
+        usable = ", ".join(doors_of(name)) or "active_learner"
+        print(f"{name}: {found.line} (needs {', '.join(found.needs) or 'nothing'}; {usable})")
