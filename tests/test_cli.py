@@ -112,7 +112,7 @@ def test_a_state_goes_on_as_the_doors_does(folder, capsys):
     Path("state.json").write_text(held)
     with pytest.raises(SystemExit):
         cli.main(["suggest", "rows.npy", "--state", "state.json"])
-    assert "state.json is of a run with strategy 'omniglot', and this has 'uncertain_herding'" in capsys.readouterr().err
+    assert "of a run with strategy 'omniglot', and this has 'uncertain_herding'" in capsys.readouterr().err
     Path("state.json").write_text(held.replace('"ant"', '"asp"'))
     with pytest.raises(SystemExit):
         cli.main(f"{words} labels.csv".split())
