@@ -218,8 +218,13 @@ def test_a_folder_that_cannot_be_made(tmp_path, place):
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-    rate: float = 0.5
     steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    width: int = 7
+    inner: Inner = Inner()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,8 +232,7 @@ class Nested:
     seed: int = 0
     rate: float = 0.1
     name: str | None = None
-    inner: Inner = Inner()
-    more: Inner = dataclasses.field(default_factory=lambda: Inner(steps=4))
+    group: Group = dataclasses.field(default_factory=lambda: Group(inner=Inner(steps=4)))
 
 
 def test_new_options_do_not_break_old_folders(run):
@@ -236,19 +240,21 @@ def test_new_options_do_not_break_old_folders(run):
         return attempt(lambda: folder.RunFolder(run, config, resume=True, **options))
 
     assert open_as(Nested()) == (0, [], "")
-    assert json.loads((run / "config.json").read_text())["more"] == {"rate": 0.5, "steps": 4}
+    held = json.loads((run / "config.json").read_text())
+    assert {name: value for name, value in held.items() if name != folder.MARK} == {
+        "seed": 0, "rate": 0.1, "name": None, "width": 7, "steps": 4,
+    }  # fmt: skip
     for config, said in (
         (Nested(name="x"), "name=None, asked for is 'x'"),
-        (Nested(inner=Inner(steps=5)), "inner.steps=3, asked for is 5"),
-        (Nested(more=Inner()), "more.steps=4, asked for is 3"),
+        (Nested(group=Group()), "steps=4, asked for is 3"),
+        (Nested(group=Group(width=5, inner=Inner(4))), "width=7, asked for is 5"),
         (Nested(rate=0.2), "rate=0.1, asked for is 0.2"),
     ):
         status, (line,), _ = open_as(config)
         assert status == 2
         assert said in line
-    # A part of an option that the folder has and its fields were added to.
-    held = json.loads((run / "config.json").read_text())
-    del held["more"]["steps"]
+    # An option of a group that is newer than the folder.
+    del held["steps"]
     (run / "config.json").write_text(json.dumps(held))
     assert open_as(Nested()) == (0, [], "")
     assert open_as(Nested(rate=0.3), free=frozenset({"rate"})) == (0, [], "")
