@@ -208,7 +208,10 @@ def test_studies_need_no_extra():
         import metaal_jax
         assert not set(extra) & set(sys.modules)
         sys.modules.update(dict.fromkeys(extra))
-        from metaal_jax.studies import comparison, files, folder, options, processes, results, statistics, study, usage
+        from metaal_jax import studies
+        for name in studies.__all__:
+            getattr(studies, name)
+        from metaal_jax.studies import options, usage
         try:
             options.parse(int)
         except usage.UsageError as error:
