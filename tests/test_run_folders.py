@@ -13,7 +13,7 @@ import pytest
 
 from campaigns import folders
 from campaigns.folders import STEP, attempt, contents, results, study
-from metaal_jax.studies import files, folder
+from metaal_jax.studies import files, folder, groups
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -264,6 +264,24 @@ def test_new_options_do_not_break_old_folders(run):
         found, err, _ = open_as(Nested())
         assert found == status
         assert [line for line in err if "gone=3, an option that there is no more" in line] == err
+
+
+def test_what_does_not_decide_the_results_may_differ(tmp_path, monkeypatch):
+    """Where data, folder and results are; without --out, the folder is the experiment's."""
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.make_dataclass("Config", [("run", groups.Run), ("save_results", str | None, None)])
+
+    def open_as(run, **options):
+        return attempt(lambda: groups.open_folder(config(run, **options), run, "runs/mine"))
+
+    assert open_as(groups.Run()) == (0, [], "")
+    folder.RunFolder("runs/mine", config(groups.Run()), resume=False, free=groups.FREE).step("a", list)
+    status, (line,), _ = open_as(groups.Run())
+    assert (status, "go on with --resume" in line) == (2, True)
+    assert open_as(groups.Run(resume=True, data_dir="there"), save_results="r.json") == (0, [], "")
+    assert "seed=0, asked for is 1" in open_as(groups.Run(resume=True, seed=1))[1][0]
+    assert open_as(groups.Run(seed=1, out="other")) == (0, [], "")
+    assert (tmp_path / "other" / "config.json").exists()
 
 
 def test_another_environment_is_said_and_kept(runs, run, monkeypatch):

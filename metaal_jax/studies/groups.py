@@ -6,7 +6,6 @@ A group's fields are options of their own (`--meta-rate`, not `--training.meta-r
     sizes: Sizes = Sizes(budget=300)
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -165,16 +164,19 @@ class Learning:
     baselines: Baselines = Baselines()
 
 
-def open_folder(config: Any, run: Run, otherwise: str) -> RunFolder:
+FREE = frozenset({"data_dir", "out", "resume", "save_results"})
+
+
+def open_folder(config: Any, run: Run, otherwise: str, *, free: frozenset[str] = FREE) -> RunFolder:
     """The folder of a run: a new one, or one of the same config to go on with.
 
     Args:
       config: the experiment's, with `run` among its groups.
       run: where the run is kept.
       otherwise: the folder where `--out` is not given.
+      free: names of options that do not decide the results.
 
     Raises:
       UsageError: see `RunFolder`.
     """
-    free = {field.name for field in dataclasses.fields(Run)} - {"seed"}
-    return RunFolder(run.out or otherwise, config, resume=run.resume, free=frozenset(free | {"save_results"}))
+    return RunFolder(run.out or otherwise, config, resume=run.resume, free=free)
