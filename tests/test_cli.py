@@ -17,7 +17,7 @@ import pytest
 import metaal_jax as ml
 from campaigns import cli as campaign
 from metaal_jax import cli, door_inputs, learners, names, policies
-from metaal_jax.cli import options
+from metaal_jax.studies import main_job, usage
 
 ROOT = Path(__file__).resolve().parent.parent
 N = 40
@@ -140,7 +140,6 @@ def test_compare_prints_and_saves_what_the_door_gives(folder, capsys):
     assert study.table() in text
     assert "margin against random: " in text
     held = json.loads(Path("r.json").read_text())
-    assert held["command"].startswith("metaal compare full.csv --label-column kind")
     assert held["rows"] == [{**row, "target": "full.csv"} for row in study.rows()]
     assert Path("r.png").read_bytes().startswith(b"\x89PNG")
 
@@ -231,14 +230,22 @@ def test_headers_are_seen_or_asked_for(tmp_path, lines, wanted):
 def test_defaults_are_those_of_the_library():
     doors = {"suggest": ml.suggest, "compare": ml.compare, "train": ml.meta_train}
     for name, door in doors.items():
-        parser = options.Parser(prog=name)
-        importlib.import_module(f"metaal_jax.cli.{name}").add(parser)
         required = ["--group-column", "g", "--label-column", "y", "--out", "o"] if name == "train" else []
-        found = vars(parser.options(["x", *required]))
+        found = vars(importlib.import_module(f"metaal_jax.cli.{name}").parse(["x", *required]))
         for option, parameter in inspect.signature(door).parameters.items():
             if option in found and parameter.default is not inspect.Parameter.empty and option != "state":
                 given = found[option]
                 assert (tuple(given) if isinstance(given, list) else given) == parameter.default, (name, option)
+
+
+HELPS = [name for name in cli.COMMANDS if name != "study"]  # its options are those of a config of the library
+
+
+def test_study_runs_the_main_job(capsys, monkeypatch):
+    monkeypatch.setattr(main_job, "job", lambda config: print(config.sizes.budget, config.transfer.source))
+    assert said(capsys, "study --budget 30 --source own.npz") == "30 own.npz\n"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/metaal", "study", "--budget", "30", "--resume"])
+    assert usage.command() == "metaal study --budget 30"
 
 
 def test_helps_are_given_without_jax(tmp_path):
@@ -247,7 +254,7 @@ def test_helps_are_given_without_jax(tmp_path):
         import sys
         sys.modules["jax"] = None
         from metaal_jax import cli
-        for words in [["--help"], ["--version"], *([name, "--help"] for name in {list(cli.COMMANDS)})]:
+        for words in [["--help"], ["--version"], *([name, "--help"] for name in {HELPS})]:
             try:
                 cli.main(words)
             except SystemExit as ended:
@@ -257,7 +264,7 @@ def test_helps_are_given_without_jax(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert all(f"usage: metaal {name}" in done.stdout for name in cli.COMMANDS)
+    assert all(f"usage: metaal {name}" in done.stdout for name in HELPS)
     assert "(default: uncertain_herding)" in done.stdout
     assert "--seed SEED           of all that is random (default: 0)" in done.stdout
 

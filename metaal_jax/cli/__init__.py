@@ -6,15 +6,15 @@ Modules here import JAX only once the arguments are known, so that `--help` and 
 import difflib
 import importlib
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 
-from metaal_jax.cli.options import Parser, fail
+from metaal_jax.cli.options import fail
 
 COMMANDS = {
     "suggest": "the rows of a file to label next",
     "predict": "the class of every row of a file, from the labels of some",
+    "study": "meta-train on a source, then compare learners and strategies on a target",
     "compare": "how many labels each strategy would have needed on labelled rows",
     "train": "meta-train a learner on your own labelled tasks",
     "prepare": "download and prepare sets of TensorFlow Datasets",
@@ -44,15 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wrong = f"unknown subcommand {name!r}; {hint}choose from" if name else "give a subcommand:"
         fail(f"{wrong} {', '.join(COMMANDS)}; metaal --help says what they do")
     command = importlib.import_module(f"metaal_jax.cli.{name}")
-    parser = Parser(prog=f"metaal {name}", description=command.__doc__)
-    command.add(parser)
-    options = parser.options(given[1:])
-    options.command = shlex.join(["metaal", *given])
+    options = command.parse(given[1:])
 
     from metaal_jax.studies import usage
 
     try:
-        usage.main(lambda: command.run(options), resumable=False)
+        usage.main(lambda: command.run(options), resumable=name == "study")
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads has seen enough, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,15 +7,16 @@ arrays x and y, or a .csv or .npz with --label-column. Needs the extra `experime
 import argparse
 import functools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from metaal_jax.cli.options import STRATEGY, Parser, add_columns, add_members, add_model, add_seed, several, whole
 
 
-def add(parser: Parser) -> None:
-    """Adds the options."""
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line."""
+    parser = Parser(prog="metaal compare", description=__doc__)
     rows = parser.add_argument_group("rows and labels")
     rows.add_argument("sets", metavar="SET", nargs="+", help="name of a set, .npz or .csv")
     rows.add_argument("--label-column", metavar="COLUMN", help="column of a .csv, or array of a .npz, with the labels")
@@ -33,11 +34,13 @@ def add(parser: Parser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--save-results", metavar="FILE", help="JSON with all curves; of several sets a folder")
     output.add_argument("--picture", metavar="FILE", help="picture (.png) of the curves; of several sets a folder")
+    return parser.options(words)
 
 
 def run(options: argparse.Namespace) -> None:
     """Prints the tables."""
     from metaal_jax.doors import compare
+    from metaal_jax.studies import usage
     from metaal_jax.studies.usage import UsageError, arguments, need
 
     if len(set(options.sets)) < len(options.sets):
@@ -70,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         _print_differences(study)
         print(flush=True)
         if place := places[name]["results"]:
-            study.save(place, command=options.command)
+            study.save(place, command=usage.command())
         if place := places[name]["picture"]:
             study.plot(place, title=name)
     if several_sets:

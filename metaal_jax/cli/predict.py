@@ -4,17 +4,20 @@ import argparse
 import csv
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from metaal_jax.cli.options import Parser, add_model, add_pool, add_seed
 
 
-def add(parser: Parser) -> None:
-    """Adds the options."""
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line."""
+    parser = Parser(prog="metaal predict", description=__doc__)
     add_pool(parser)
     add_seed(add_model(parser))
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="write to a file instead of the terminal")
+    return parser.options(words)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,13 +1,16 @@
 """The query strategies and trained policies by name: what each does, what it needs, and where it can be used."""
 
 import argparse
+from collections.abc import Sequence
 
 from metaal_jax.cli.options import Parser
 
 
-def add(parser: Parser) -> None:
-    """Adds the options."""
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line."""
+    parser = Parser(prog="metaal strategies", description=__doc__)
     parser.add_argument("name", metavar="NAME", nargs="?", help="one of them, or a trained policy's file, in full")
+    return parser.options(words)
 
 
 def run(options: argparse.Namespace) -> None:

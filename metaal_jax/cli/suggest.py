@@ -2,13 +2,15 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from metaal_jax.cli.options import STRATEGY, Parser, add_members, add_model, add_pool, add_seed, whole
 
 
-def add(parser: Parser) -> None:
-    """Adds the options."""
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line."""
+    parser = Parser(prog="metaal suggest", description=__doc__)
     add_pool(parser)
     asked = parser.add_argument_group("what to ask for")
     asked.add_argument("-k", type=whole(1), default=20, help="rows that are wanted")
@@ -20,6 +22,7 @@ def add(parser: Parser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON, with scores and class probabilities")
     output.add_argument("--out", metavar="FILE", help="write that JSON to a file as well")
+    return parser.options(words)
 
 
 def run(options: argparse.Namespace) -> None:

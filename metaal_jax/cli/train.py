@@ -6,12 +6,14 @@ metaal suggest --learner; what it reached on held-out tasks, beside logistic reg
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from metaal_jax.cli.options import Parser, add_columns, add_seed, number, several, whole
 
 
-def add(parser: Parser) -> None:
-    """Adds the options."""
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line."""
+    parser = Parser(prog="metaal train", description=__doc__)
     rows = parser.add_argument_group("tasks")
     rows.add_argument("file", metavar="FILE", help=".csv of numbers, or .npz with an array x; a line a row")
     rows.add_argument("--group-column", metavar="COLUMN", required=True, help="column (array) that names the task")
@@ -35,6 +37,7 @@ def add(parser: Parser) -> None:
     add_seed(training)
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", required=True, help="the learner's file (.json)")
+    return parser.options(words)
 
 
 def several_widths(text: str) -> list[int]:

@@ -1,21 +1,41 @@
 """The main job as library code: learners meta-trained on a source, compared by their learning curves on a target."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from metaal_jax.names import find
 from metaal_jax.studies.arms import LEARNERS, Arm, make_arms
-from metaal_jax.studies.curves import learning_curves
+from metaal_jax.studies.curves import check_sizes, learning_curves
 from metaal_jax.studies.folder import RunFolder
-from metaal_jax.studies.groups import Learning, MetaTraining, Run, Sizes, Transfer
+from metaal_jax.studies.groups import Learning, MetaTraining, Run, Sizes, Transfer, open_folder
 from metaal_jax.studies.meta_learners import meta_learner_of
 from metaal_jax.studies.meta_training import MetaJob, make_meta_job, meta_networks
-from metaal_jax.studies.options import flat
+from metaal_jax.studies.options import RESULT_FILE, check_options, flat
 from metaal_jax.studies.results import Record
 from metaal_jax.studies.setting import HELD_OUT, Setting, load_setting
 from metaal_jax.studies.study import Study, pair
-from metaal_jax.studies.usage import arguments, command, names
+from metaal_jax.studies.usage import arguments, command, names, strategy_names
+
+
+@dataclass(frozen=True)
+class Config:
+    """Meta-trains a learner on tasks of a source, then compares learners and query strategies on a target."""
+
+    learners: str = "scratch,maml,frozen,logistic"
+    """Comma-separated, of: scratch, logistic, frozen (maml's body), maml, fomaml, anil, meta_sgd, reptile,
+    implicit_maml, protonet, r2d2, metaoptnet. With +pseudo or +propagation, as in maml+propagation, a learner also
+    learns from the pool's unlabelled rows."""
+    strategies: str = "random,entropy,margin,committee,typical"
+    """Comma-separated; metaal strategies lists them."""
+    transfer: Transfer = Transfer()
+    sizes: Sizes = Sizes()
+    training: MetaTraining = MetaTraining()
+    learning: Learning = Learning()
+    run: Run = Run()
+    save_results: Annotated[str | None, RESULT_FILE] = None
+    """Also write the results to this JSON file."""
 
 
 class MainJob(NamedTuple):
@@ -30,6 +50,29 @@ class MainJob(NamedTuple):
     setting: Setting
     meta_jobs: dict[str, MetaJob]
     arms: tuple[tuple[str, Arm], ...]
+
+
+def job(config: Config) -> Study:
+    """The whole run in its folder, as the command line asks for it: prints the table.
+
+    Raises:
+      DataError, UsageError: for what cannot be run, before anything is computed.
+    """
+    check_options(config)
+    check_sizes(config.sizes)
+    learners, strategies = learner_names(config.learners), strategy_names(config.strategies)
+    transfer, sizes, run = config.transfer, config.sizes, config.run
+    planned = make_main_job(
+        learners, strategies, transfer=transfer, run=run, sizes=sizes, training=config.training,
+        learning=config.learning,
+    )  # fmt: skip
+    folder = open_folder(config, run, main_job_folder(transfer))
+    study = run_main_job(planned, folder, sizes=sizes, seed=run.seed, meta_run=transfer.meta_run)
+    table = write_study(study, folder, config, config.save_results)
+    print(f"\n{transfer.source} to {transfer.target}: test accuracy in %, mean and 95 % interval over "
+          f"{sizes.seeds} seeds\n")  # fmt: skip
+    print(f"{table}\n\nrun folder: {folder.path}")
+    return study
 
 
 def learner_names(text: str) -> tuple[str, ...]:

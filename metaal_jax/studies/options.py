@@ -19,6 +19,7 @@ import io
 import math
 import re
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,8 +93,16 @@ class Place:
 RESULT_FILE, RESULT_FOLDER, FILE = Place(picture=True), Place(folder=True), Place()
 
 
-def parse(config: type[C], description: str | None = None) -> C:
+def parse(
+    config: type[C], description: str | None = None, *, words: Sequence[str] | None = None, prog: str | None = None
+) -> C:
     """The command line as a config.
+
+    Args:
+      config: its class.
+      description: above the help; None for the docstring.
+      words: the options; None for those of the process.
+      prog: the command before them; None for that of the process.
 
     Raises:
       UsageError: for words that are no options of it, or not of their type.
@@ -101,7 +110,9 @@ def parse(config: type[C], description: str | None = None) -> C:
     tyro = need("tyro", extra="experiments")
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            found: C = tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,))
+            found: C = tyro.cli(
+                config, prog=prog, args=words, description=description, config=(tyro.conf.OmitArgPrefixes,)
+            )
         except SystemExit as ended:
             if ended.code in (0, None):
                 raise

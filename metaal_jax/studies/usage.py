@@ -118,6 +118,8 @@ def command() -> str:
     """The command line, as a user would type it from the project's root; a resumed run has the bits of a whole one."""
     script = Path(sys.argv[0])
     given = [word for word in sys.argv[1:] if word != "--resume"]
+    if script.name in ("metaal", "__main__.py"):  # installed, or python -m metaal_jax.cli
+        return " ".join(["metaal", *given])
     return " ".join(["python", f"{script.parent.name}/{script.name}", *given])
 
 

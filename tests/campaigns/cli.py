@@ -149,6 +149,14 @@ MISTAKES = (
     Mistake("compare iris --seeds 0", "--seeds: '0' must be"),
     Mistake("compare iris --pool 140 --test 40 --budget 10", "there are 150"),
     Mistake("compare iris --drop a", "--drop is for .csv"),
+    # The main job.
+    Mistake("study --budgt 30", "did you mean --budget?"),
+    Mistake("study --budget 0", "--budget 0 must be at least 1"),
+    Mistake("study --seeds many", "--seeds"),
+    Mistake("study --strategies badg", "did you mean badge"),
+    Mistake("study --learners maml,protnet", "did you mean protonet"),
+    Mistake("study --source nothing.npz", "no such file"),
+    Mistake("study --save-results /proc/no/file.json", "give another --save-results"),
     # Tasks of one's own.
     Mistake("train rows.npz --label-column y --out t.json", "--group-column"),
     Mistake("train rows.npz --label-column y --group-column y --out t.json", "must be different columns"),

@@ -38,6 +38,8 @@ SUGGEST = """if True:
     print(ml.suggest(x, {0: 'a', 1: 'b'}, k=3, strategy='margin').tolist(), ml.__file__)
 """
 WHOLE = ("--strategies", "random,margin", "--budget", "10", "--batch-size", "5", "--seeds", "2")
+STUDY = ("--learners", "logistic", "--strategies", "random,margin", "--seeds", "2", "--budget", "20", "--pool", "100",
+         "--test", "50", "--save-results", "found.json")  # fmt: skip
 TASKS = ("--group-column", "group", "--label-column", "y", "--shots", "1", "--queries", "1", "--steps", "4")
 
 
@@ -94,12 +96,14 @@ def main() -> int:
         (work / "labels.csv").write_text("row,label\n0,a\n1,b\n2,a\n")
         environment = {"PATH": os.environ["PATH"], "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1"}
         metaal, python = str(installed / "bin" / "metaal"), str(installed / "bin" / "python")
-        compare = ("margin against random", 0) if not index else ("pip install 'metaal_jax[experiments]'", 2)
+        extra = ("pip install 'metaal_jax[experiments]'", 2)
+        compare, study = (extra, extra) if index else (("margin against random", 0), ("run folder: runs/", 0))
         tries: list[tuple[list[str], str, int]] = [
             ([metaal, "--help"], "suggest", 0),
             ([metaal, "suggest", "rows.npy", "--labels", "labels.csv", "-k", "3"], "", 0),
             ([metaal, "predict", "rows.npy", "--labels", "labels.csv"], "row,class,probability", 0),
             ([metaal, "compare", "own.npz", *WHOLE], *compare),
+            ([metaal, "study", *STUDY], *study),
             ([metaal, "train", "own.npz", *TASKS, "--out", "learner.json"], "held-out tasks", 0),
             ([metaal, "suggest", "rows.npy", "--labels", "labels.csv", "--learner", "learner.json"], "", 0),
             ([metaal, "strategies"], "uncertain_herding: ", 0),
