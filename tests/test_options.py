@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import io
 import math
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -140,6 +142,17 @@ def test_places_are_tried_and_left_as_they_were(tmp_path):
     if os.geteuid():
         tmp_path.chmod(0o500)
         assert "denied" in files.why_not_writable(tmp_path / "r.json", folder=False)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_mistake_is_one_line_on_every_terminal(monkeypatch, encoding):
+    for words, said in {
+        "--tusks 3": "Unrecognized options: --tusks, 3; did you mean --tasks? --help shows all options",
+        "--tasks x": "Error parsing --tasks: invalid literal for int() with base 10: 'x'; --help shows all options",
+    }.items():
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+        with pytest.raises(usage.UsageError, match="^" + re.escape(said) + "$"):
+            options.parse(Options, words=words.split())
 
 
 def test_an_interrupt_has_a_line_of_its_own(monkeypatch, capsys):

@@ -123,10 +123,11 @@ def parse(
 def _in_one_line(said: str) -> str:
     """What Tyro says in a box: its first part, and the options that it takes to be meant."""
     plain = re.sub(r"\x1b\[[\d;]*m", "", said)
-    plain = re.sub(r"^╭.*$|^╰.*$", "", plain, flags=re.MULTILINE)
-    first, *others = re.split(r"^│ ─+ │$", plain, flags=re.MULTILINE)
-    words = " ".join(first.replace("│", " ").split()).rstrip(".")
-    meant = [name for part in others if "meant" in part for name in re.findall(r"^│ +(--[\w-]+)", part, re.MULTILINE)]
+    boxed = "╭" in plain  # without UTF-8 the title is a part of its own
+    plain = re.sub(r"^╭.*$|^╰.*$|^│|│$", "", plain, flags=re.MULTILINE)
+    first, *others = re.split(r"^ *(?:─{3,}|-{3,}) *$", plain, flags=re.MULTILINE)[0 if boxed else 1 :] or [plain]
+    words = " ".join(first.split()).rstrip(".")
+    meant = [name for part in others if "meant" in part for name in re.findall(r"^ +(--[\w-]+)", part, re.MULTILINE)]
     hint = f"; did you mean {' or '.join(dict.fromkeys(meant))}?" if meant else ";"
     return f"{words}{hint} --help shows all options"
 
