@@ -38,7 +38,7 @@ SUGGEST = """if True:
     print(ml.suggest(x, {0: 'a', 1: 'b'}, k=3, strategy='margin').tolist(), ml.__file__)
 """
 WHOLE = ("--strategies", "random,margin", "--budget", "10", "--batch-size", "5", "--seeds", "2")
-STUDY = ("--learners", "logistic", "--strategies", "random,margin", "--seeds", "2", "--budget", "20", "--pool", "100",
+STUDY = ("--learners", "logistic", "--strategies", "random,margin", "--seeds", "4", "--budget", "20", "--pool", "100",
          "--test", "50", "--save-results", "found.json")  # fmt: skip
 TASKS = ("--group-column", "group", "--label-column", "y", "--shots", "1", "--queries", "1", "--steps", "4")
 
