@@ -113,10 +113,11 @@ def strategies(config: Config, committee: Learner) -> dict[str, Policy]:
     }
 
 
+@arguments()
 def job(config: Config) -> None:
     """All tables and strategies; prints the areas and their differences to random's."""
     check_options(config)
-    names(",".join(config.sets), SETS, "table")
+    names(config.sets, SETS, "table")
     start = time.perf_counter()
     model = models.MLP(1, hidden=())
     learner = learners.r2d2(model, ridge=config.ridge, intercept=True, learn=(), loss=losses.squared_error,
@@ -165,11 +166,4 @@ def job(config: Config) -> None:
 
 
 if __name__ == "__main__":
-
-    def run() -> None:
-        """Parses and runs."""
-        config = parse(Config, __doc__)
-        with arguments():
-            job(config)
-
-    main(run)
+    main(lambda: job(parse(Config, __doc__)))

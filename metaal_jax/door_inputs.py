@@ -1,7 +1,8 @@
 """What people hand in at the doors, checked and turned into what the library takes."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,14 @@ from metaal_jax import inputs, learners, models, names
 from metaal_jax.base import Learner, Policy, PyTree
 
 Labels = Mapping[int, Hashable] | Sequence[Hashable | None] | np.ndarray
+# What each door has for a strategy at most, of `names.NEEDS`.
+SUGGESTS = frozenset(("logits", "embedding", "committee", "x", "labels", "learner", "refit", "loss_learner", "classes",
+                      "rounds"))  # fmt: skip
+HAS = {
+    "suggest": SUGGESTS,
+    "pick": frozenset(("logits", "embedding", "committee", "labels", "classes", "rounds")),
+    "compare": SUGGESTS | {"truth"},
+}
 # A name of `names.LEARNERS`, the file of a meta-trained learner, that learner, or `(classes) -> Learner`.
 LearnerLike = str | learners.Trained | Callable[[int], Learner]
 
@@ -24,7 +33,7 @@ class Memory(NamedTuple):
     Attributes:
       classes: the labels in the order of their numbers.
       rows: the rows that had labels, in the order of labelling.
-      policy: what the strategy remembers, `()` for one that does not.
+      policy: what the strategy remembers, or its leaves; `()` for one that does not.
     """
 
     classes: tuple[Hashable, ...]
@@ -96,7 +105,17 @@ def scaled(name: str, x: ArrayLike, scale: str) -> np.ndarray:
     return np.where(still, 0.0, rows / np.where(still, 1.0, spread)).astype(np.float32)
 
 
-def strategy_of(door: str, name: str, given: set[str]) -> names.Strategy:
+def doors_of(name: str) -> tuple[str, ...]:
+    """The doors that can have a strategy, given all that they may be given."""
+    found = []
+    for door, has in HAS.items():
+        with contextlib.suppress(ValueError):
+            strategy_of(door, name, has)
+            found.append(door)
+    return tuple(found)
+
+
+def strategy_of(door: str, name: str, given: Set[str]) -> names.Strategy:
     """The strategy, or the reason why the door cannot have it."""
     found = names.find(name)
     if door != "pick" and found.labels == "targets":

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from metaal_jax import inputs, learners, losses, names, tasks
 from metaal_jax.base import Batch, Decision, PoolView, Prediction, Problem, PyTree
 from metaal_jax.door_inputs import (
+    SUGGESTS,
     Labels,
     LearnerLike,
     Memory,
@@ -127,8 +128,7 @@ def suggest(
       ValueError: for rows that hold no finite numbers, labels of rows that there are not, labels that cannot be hashed,
         an unknown name, a strategy that needs what is not given, or a state of another run. It names the first of them.
     """
-    given = {"logits", "embedding", "committee", "x", "labels", "learner", "refit", "loss_learner", "classes"}
-    found = strategy_of("suggest", strategy, given | ({"rounds"} if rounds is not None else set()))
+    found = strategy_of("suggest", strategy, SUGGESTS - ({"rounds"} if rounds is None else set()))
     learner = learner_of("suggest", learner)
     rows = learner.prepare(on_host(x)) if isinstance(learner, learners.Trained) else scaled("suggest", x, scale)
     n = rows.shape[0]
@@ -326,10 +326,11 @@ def _remembered(name: str, fresh: PyTree, memory: PyTree) -> PyTree:
     """What a strategy remembers: `memory`, or `fresh` where there is none."""
     if not jax.tree.leaves(memory):
         return fresh
-    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (fresh, memory)]
+    leaves, structure = jax.tree.flatten(fresh)
+    shapes = [[(leaf.shape, leaf.dtype) for leaf in tree] for tree in (leaves, jax.tree.leaves(memory))]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{name}: the state is that of another strategy, pool or k; leave it out to start anew")
-    return memory
+    return jax.tree.unflatten(structure, jax.tree.leaves(memory))
 
 
 def _room(count: int) -> int:

@@ -11,7 +11,7 @@ from jax import Array
 from metaal_jax import data as sources
 from metaal_jax import learners, names, tasks
 from metaal_jax.base import Policy, Problem, PyTree
-from metaal_jax.door_inputs import LearnerLike, class_numbers, learner_of, parts_of, scaled, strategy_of
+from metaal_jax.door_inputs import HAS, LearnerLike, class_numbers, learner_of, parts_of, scaled, strategy_of
 from metaal_jax.loop import active_learner
 from metaal_jax.metrics import Score
 from metaal_jax.studies.study import Study
@@ -75,13 +75,12 @@ def compare(
     x = learner.prepare(x) if isinstance(learner, learners.Trained) else scaled("compare", x, scale)
     classes, numbered = class_numbers("compare", y, len(x))
     sizes = _sizes(len(x), pool=pool, test=test, budget=budget, batch_size=batch_size, seeds=seeds)
-    given = {"logits", "embedding", "committee", "x", "labels", "learner", "refit", "loss_learner", "classes", "rounds"}
     chosen = list(strategies)
     if not chosen or len(set(chosen)) < len(chosen):
         raise ValueError(f"compare: strategies must be different names, got {chosen}")
     held = False
     if not isinstance(strategies, Mapping):
-        held = any(strategy_of("compare", name, given | {"truth"}).held_out for name in chosen)
+        held = any(strategy_of("compare", name, HAS["compare"]).held_out for name in chosen)
     name_of_learner = learner if isinstance(learner, str) else getattr(learner, "name", "learner")
     sampler = tasks.composed_problems(
         ways=len(classes), parts=1, pool=sizes["pool"], test=sizes["test"], validation=min(300, sizes["test"]) * held

@@ -6,7 +6,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,14 @@ _PLACE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EISDIR, errno.ENOTDIR, e
           errno.ELOOP, errno.EIO, errno.ENOTEMPTY)  # fmt: skip
 
 
-def main(function: Callable[[], None]) -> None:
-    """Runs a script's main function; errors that the user can mend become one line and exit status 2."""
+def main(function: Callable[[], None], *, resumable: bool = True) -> None:
+    """Runs a script's main function; errors that the user can mend become one line and exit status 2.
+
+    Args:
+      function: the script's.
+      resumable: whether it keeps its finished steps in a run folder, and takes `--resume`.
+    """
+    kept, resume = ("finished steps are kept: ", ", then go on with --resume") if resumable else ("", "")
     try:
         function()
     except (UsageError, DataError, CheckpointError) as error:
@@ -38,13 +44,13 @@ def main(function: Callable[[], None]) -> None:
             raise
         where = f" ({error.filename})" if error.filename else ""
         mend = "make room" if error.errno in _FULL else "let it be written"
-        sys.exit(_say(f"{error.strerror}{where}; finished steps are kept: {mend}, then go on with --resume"))
+        sys.exit(_say(f"{error.strerror}{where}; {kept}{mend}{resume}"))
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sys.exit(_say("not enough memory; finished steps are kept: ask for less, such as fewer rows, seeds or filters"))
+        sys.exit(_say(f"not enough memory; {kept}ask for less, such as fewer rows, seeds or filters"))
     except KeyboardInterrupt:
-        _leave(_say("interrupted; finished steps are kept: go on with --resume", 130))
+        _leave(_say(f"interrupted{'; finished steps are kept: go on with --resume' if resumable else ''}", 130))
 
 
 def _leave(status: int) -> None:
@@ -76,13 +82,16 @@ def arguments() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def names(text: str, known: Iterable[str], what: str, also: Iterable[str] = ()) -> tuple[str, ...]:
-    """Comma-separated names, checked; other spellings, `also`, are taken as they are and not listed in the message.
+def names(text: str | Sequence[str], known: Iterable[str], what: str, also: Iterable[str] = ()) -> tuple[str, ...]:
+    """Names, with commas between them or as a sequence, checked.
+
+    Other spellings, `also`, are taken as they are and not listed in the message.
 
     Raises:
       UsageError: for an unknown or repeated name, or none.
     """
-    known, given = list(known), tuple(part.strip() for part in text.split(",") if part.strip())
+    parts = text.split(",") if isinstance(text, str) else text
+    known, given = list(known), tuple(part.strip() for part in parts if part.strip())
     for name in given:
         if name not in (*known, *also):
             near = difflib.get_close_matches(name, known, n=3)
@@ -112,6 +121,8 @@ def command() -> str:
     """The command line, as a user would type it from the project's root; a resumed run has the bits of a whole one."""
     script = Path(sys.argv[0])
     given = [word for word in sys.argv[1:] if word != "--resume"]
+    if script.name in ("metaal", "__main__.py"):  # installed, or python -m metaal_jax.cli
+        return " ".join(["metaal", *given])
     return " ".join(["python", f"{script.parent.name}/{script.name}", *given])
 
 
