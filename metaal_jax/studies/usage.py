@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 
+from metaal_jax import policies
 from metaal_jax.checkpoint import CheckpointError
 from metaal_jax.data import DataError
-from metaal_jax.names import ADAPTIVE, ALIASES, LEARNED, STRATEGIES, find
+from metaal_jax.names import ADAPTIVE, ALIASES, LEARNED, STRATEGIES, Strategy, find
 
 
 class UsageError(Exception):
@@ -106,6 +107,24 @@ def strategy_names(text: str) -> tuple[str, ...]:
         for name in trained:
             find(name)
     return found
+
+
+def strategies(text: str) -> dict[str, Strategy]:
+    """Comma-separated strategies by the names that were given, looked up; see `strategy_names`."""
+    return {name: find(name) for name in strategy_names(text)}
+
+
+def trained_policies(text: str) -> dict[str, policies.Saved]:
+    """Comma-separated trained policies, loaded, by the names that strategies have: `learned:NAME`.
+
+    Raises:
+      UsageError: for a policy that cannot be loaded, one named twice, or none.
+    """
+    given = [part.strip() for part in text.split(",") if part.strip()]
+    if not given or len(set(given)) < len(given):
+        raise UsageError(f"--policies {text!r} is empty or names one twice; give names or paths")
+    with arguments():
+        return {LEARNED + name: policies.load(name) for name in given}
 
 
 def command() -> str:
