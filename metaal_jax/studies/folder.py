@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from metaal_jax.studies.files import Lock, take_lock, why_not_writable, write
+from metaal_jax.studies.options import flat
 from metaal_jax.studies.results import environment
 from metaal_jax.studies.usage import UsageError, need, warn
 
@@ -51,9 +52,9 @@ class RunFolder:
 
         Args:
           path: the folder.
-          config: a dataclass; `free` fields may differ between a run and its continuation.
+          config: a dataclass, see `options.flat`; `free` options may differ between a run and its continuation.
           resume: go on with what is there.
-          free: names of fields that do not decide the results.
+          free: names of options that do not decide the results.
 
         Raises:
           UsageError: where the folder cannot be made or is another process's, holds a run and `resume` is not set, a
@@ -230,43 +231,39 @@ class RunFolder:
 
 
 def _json_of(config: Any, free: frozenset[str]) -> dict[str, Any]:
-    return {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config))).items() if k not in free}
+    return {k: v for k, v in json.loads(json.dumps(flat(config))).items() if k not in free}
 
 
 def _defaults(config: Any) -> dict[str, Any]:
-    """The defaults of a config's fields, as JSON holds them, those of dataclasses in it too."""
+    """The defaults of a config's options, as JSON holds them, of those that have one."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         if field.default is not dataclasses.MISSING:
             value = field.default
         elif field.default_factory is not dataclasses.MISSING:
             value = field.default_factory()
-        elif dataclasses.is_dataclass(inner := getattr(config, field.name)):
-            found[field.name] = _defaults(inner)
-            continue
         else:
-            continue
-        found[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+            value = dataclasses.MISSING
+        if dataclasses.is_dataclass(inner := getattr(config, field.name)):
+            found |= _defaults(inner) if value is dataclasses.MISSING else flat(value)
+        elif value is not dataclasses.MISSING:
+            found[field.name] = value
     plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
 
 def _differences(
-    held: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Any, free: frozenset[str] = frozenset(), at: str = ""
+    held: Mapping[str, Any], wanted: Mapping[str, Any], defaults: Mapping[str, Any], free: frozenset[str]
 ) -> str | None:
     """The first option that a held config and a wanted one differ in, in words."""
-    defaults = defaults if isinstance(defaults, Mapping) else {}
     for k in sorted({*held, *wanted} - free - {MARK}):
         if k not in wanted:
             if held[k] is not None:
-                return f"{at}{k}={held[k]!r}, an option that there is no more"
+                return f"{k}={held[k]!r}, an option that there is no more"
             continue
         was = held[k] if k in held else defaults.get(k)
-        if isinstance(was, Mapping) and isinstance(wanted[k], Mapping):
-            if inner := _differences(was, wanted[k], defaults.get(k), at=f"{at}{k}."):
-                return inner
-        elif was != wanted[k]:
-            return f"{at}{k}={was!r}, asked for is {wanted[k]!r}"
+        if was != wanted[k]:
+            return f"{k}={was!r}, asked for is {wanted[k]!r}"
     return None
 
 

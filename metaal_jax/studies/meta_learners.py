@@ -1,12 +1,13 @@
 """The meta-learners of the main job: how each is meta-trained on the source and how it adapts to the target."""
 
-from typing import Any
+import functools
 
 import flax.linen as nn
 import optax
 
 from metaal_jax import learners
 from metaal_jax.base import Learner
+from metaal_jax.studies.groups import Adaptation, MetaTraining
 
 META_LEARNERS = {
     "maml": "MAML from prototypes: the network adapted from its meta-learned initialisation",
@@ -27,35 +28,35 @@ SEMI_SUPERVISED = {
 OWN_HEAD = ("meta_sgd", "reptile", "implicit_maml")
 
 
-def make_meta_learner(name: str, model: nn.Module, config: Any, *, testing: bool) -> Learner:
-    """A meta-learner by name, as it is meta-trained or as it adapts to the target."""
-    train = {"optimizer": optax.sgd(config.inner_rate), "steps": config.inner_steps, "unroll": True}
-    prototypes = {"head": "prototypes", "temperature": config.temperature}
+def make_meta_learner(name: str, model: nn.Module, adaptation: Adaptation, *, training: MetaTraining | None) -> Learner:
+    """A meta-learner by name: as it is meta-trained or, where `training` is None, as it adapts to the target."""
+    maml = functools.partial(learners.maml, model, head="prototypes", temperature=adaptation.temperature)
+    anil = functools.partial(learners.anil, model, head="prototypes", temperature=adaptation.temperature)
     if name in ("maml", "fomaml"):
-        if not testing:
-            first_order = config.first_order or name == "fomaml"
-            return learners.maml(model, first_order=first_order, **prototypes, **train)
+        if training is not None:
+            return maml(optimizer=optax.sgd(training.inner_rate), steps=training.inner_steps, unroll=True,
+                        first_order=training.first_order or name == "fomaml")  # fmt: skip
         inner = optax.partition(
-            {"head": optax.adam(config.adapt_rate), "body": optax.adam(config.adapt_body_rate)},
+            {"head": optax.adam(adaptation.adapt_rate), "body": optax.adam(adaptation.adapt_body_rate)},
             lambda params: {"params": {name: "head" if name == "head" else "body" for name in params["params"]}},
         )
-        return learners.maml(model, optimizer=inner, steps=config.adapt_steps, **prototypes)
+        return maml(optimizer=inner, steps=adaptation.adapt_steps)
     if name == "anil":
-        if not testing:
-            return learners.anil(model, **prototypes, **train)
-        return learners.anil(model, optimizer=optax.adam(config.adapt_rate), steps=config.adapt_steps, **prototypes)
+        if training is not None:
+            return anil(optimizer=optax.sgd(training.inner_rate), steps=training.inner_steps, unroll=True)
+        return anil(optimizer=optax.adam(adaptation.adapt_rate), steps=adaptation.adapt_steps)
     if name == "meta_sgd":
-        return learners.meta_sgd(model, optimizer=optax.sgd(config.own_rate), steps=config.own_steps, unroll=True)
+        own = optax.sgd(adaptation.own_rate)
+        return learners.meta_sgd(model, optimizer=own, steps=adaptation.own_steps, unroll=True)
     if name == "reptile":
-        inner = optax.sgd(config.reptile_rate)
-        steps = config.reptile_adapt_steps if testing else config.reptile_steps
-        return learners.reptile(model, optimizer=inner, steps=steps, minibatch=None if testing else 10)
+        steps = adaptation.reptile_adapt_steps if training is None else adaptation.reptile_steps
+        return learners.reptile(model, optimizer=optax.sgd(adaptation.reptile_rate), steps=steps,
+                                minibatch=None if training is None else 10)  # fmt: skip
     if name == "implicit_maml":
-        return learners.implicit_maml(
-            model, optimizer=optax.sgd(config.own_rate), steps=config.implicit_steps, proximal=config.proximal
-        )
+        return learners.implicit_maml(model, optimizer=optax.sgd(adaptation.own_rate),
+                                      steps=adaptation.implicit_steps, proximal=adaptation.proximal)  # fmt: skip
     if name == "protonet":
-        return learners.protonet(model, temperature=config.temperature, learn=("temperature",))
+        return learners.protonet(model, temperature=adaptation.temperature, learn=("temperature",))
     if name == "r2d2":
         return learners.r2d2(model, scale=8.0, intercept=True)
     if name == "metaoptnet":
@@ -69,9 +70,8 @@ def meta_learner_of(learner: str) -> str | None:
     return "maml" if base == "frozen" else base if base in META_LEARNERS else None
 
 
-def semi_supervised(learner: Learner, kind: str, config: Any) -> Learner:
-    """A learner that also learns from the pool's unlabelled rows."""
-    rows, chunk = config.pool_rows, config.chunk
+def semi_supervised(learner: Learner, kind: str, *, rows: int | None, chunk: int) -> Learner:
+    """A learner that also learns from the pool's unlabelled rows, `pseudo` or `propagation`."""
     if kind == "pseudo":
         return learners.pseudo_labels(learner, rows=rows, chunk=chunk)
     return learners.label_propagation(learner, rows=rows, chunk=chunk)

@@ -1,73 +1,90 @@
-"""Meta-training of the main job: tasks of the source, the outer loop, checkpoints."""
+"""Meta-training on a source: its tasks, the outer loop in pieces with checkpoints, and what earlier runs keep."""
 
-import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
+from jax import Array
 
 from metaal_jax import checkpoint, tasks
-from metaal_jax.base import PyTree
+from metaal_jax.base import Metrics, PyTree
 from metaal_jax.outer import MetaState, OuterLoop, outer_loop
 from metaal_jax.studies.arms import make_model
-from metaal_jax.studies.folder import RunFolder, read_object, round_to
+from metaal_jax.studies.folder import Records, RunFolder, read_object, round_to
+from metaal_jax.studies.groups import Learning, MetaTraining
 from metaal_jax.studies.meta_learners import OWN_HEAD, make_meta_learner
-from metaal_jax.studies.usage import UsageError
+from metaal_jax.studies.options import flat
+from metaal_jax.studies.setting import Setting
+from metaal_jax.studies.usage import UsageError, need
+
+MetaData = tuple[tuple[tasks.ClassData, ...], tuple[tasks.ClassData, ...]]
 
 
-def draw_shapes(key: jax.Array, images: np.ndarray, classes: int, label: str) -> tasks.ClassData:
+def draw_shapes(key: Array, images: np.ndarray[Any, Any], classes: int, label: str) -> tasks.ClassData:
     """`classes` shape classes of 20 examples, each drawn from a random image; those that show nothing are left out."""
     at_once = min(500, classes)
     draw = jax.jit(jax.vmap(tasks.shape_exemplars(examples=20, size=images.shape[1])))
     drawn = []
-    for part in tqdm(range(0, classes, at_once), desc=label):
+    for part in need("tqdm", extra="experiments").tqdm(range(0, classes, at_once), desc=label):
         pick_key, draw_key = jax.random.split(jax.random.fold_in(key, part))
         row = jax.random.randint(pick_key, (at_once,), 0, len(images))
         x, ink = draw(jax.random.split(draw_key, at_once), images[np.asarray(row)])
         drawn.append(np.asarray(x)[np.asarray((ink > 0.05) & (ink < 0.5))])
     x = np.concatenate(drawn)
     y = np.repeat(np.arange(len(x)), x.shape[1])
-    return jax.device_put(tasks.class_data(x.reshape(-1, *x.shape[2:]), y))
+    found: tasks.ClassData = jax.device_put(tasks.class_data(x.reshape(-1, *x.shape[2:]), y))
+    return found
 
 
 class MetaJob(NamedTuple):
-    """Meta-training, checked and ready to run: the outer loop, the pieces it runs in and the steps of each."""
+    """The meta-training of one learner, checked and ready to run.
 
+    Attributes:
+      name: of the meta-learner.
+      outer: the outer loop.
+      pieces, each: pieces that it runs in, and the steps of each.
+      training: its options.
+      about: what decides the parameters, kept beside them.
+    """
+
+    name: str
     outer: OuterLoop
     pieces: int
     each: int
+    training: MetaTraining
+    about: dict[str, Any]
 
 
-def make_meta_job(config: Any, setting: Any, name: str = "maml") -> MetaJob:
-    """The outer loop of this config and meta-learner; raises `UsageError` for options that do not go together."""
+def make_meta_job(
+    setting: Setting, name: str = "maml", *, training: MetaTraining = MetaTraining(), learning: Learning = Learning()
+) -> MetaJob:
+    """The meta-training of a learner by name; raises `UsageError` for options that do not go together."""
     images = len(setting.shape) == 3
     rotations = images and "classes" in setting.kinds
     parts = (setting.train_source.y, setting.validation_source.y)
     own = min(len(np.unique(y)) for y in parts) * (4 if rotations else 1)
-    available = min(own if kind == "classes" else config.shape_classes // 2 for kind in setting.kinds)
+    available = min(own if kind == "classes" else training.shape_classes // 2 for kind in setting.kinds)
     own_head = name in OWN_HEAD
-    ways = setting.classes if own_head else config.ways or min(20, available)
+    ways = setting.classes if own_head else training.ways or min(20, available)
     if ways > available:
-        raise UsageError(f"--ways {ways} wanted, {config.source!r} has {available} classes"
+        raise UsageError(f"--ways {ways} wanted, {setting.source!r} has {available} classes"
                          f"{' with rotations' if rotations else ''}; "
                          + (f"leave {name} out" if own_head else f"give --ways {available} or less"))  # fmt: skip
-    steps = config.meta_steps or (2000 if images and min(setting.shape[:2]) < 16 else 15000)
+    steps = training.meta_steps or (2000 if images and min(setting.shape[:2]) < 16 else 15000)
     pieces = max(1, min(20, steps // 50))
     each = -(-steps // pieces)
-    learner = make_meta_learner(name, make_model(ways, setting.shape, config), config, testing=False)
-    labels, queries = max(config.meta_labels, ways), config.meta_queries
+    model = make_model(ways, setting.shape, learning.network)
+    learner = make_meta_learner(name, model, learning.adaptation, training=training)
     samplers = [
         tasks.growing(
             ways=ways,
-            labels=labels,
+            labels=max(training.meta_labels, ways),
             smallest=0 if own_head else ways,
-            queries=queries,
+            queries=training.meta_queries,
             unseen=own_head,
             rotations=rotations and kind == "classes",
         )
@@ -75,25 +92,26 @@ def make_meta_job(config: Any, setting: Any, name: str = "maml") -> MetaJob:
     ]
     sampler = tasks.mixture(samplers, [1.0] * len(samplers))
     # Reptile's difference is a step by itself: a rate of 1 goes all the way to the adapted parameters.
-    rate = optax.cosine_decay_schedule(1.0 if name == "reptile" else config.meta_rate, each * pieces)
+    rate = optax.cosine_decay_schedule(1.0 if name == "reptile" else training.meta_rate, each * pieces)
     optimizer = optax.sgd(rate) if name == "reptile" else optax.adam(rate)
-    return MetaJob(outer_loop(learner, sampler, optimizer=optimizer, tasks=config.meta_tasks, chunk=1), pieces, each)
+    outer = outer_loop(learner, sampler, optimizer=optimizer, tasks=training.meta_tasks, chunk=1)
+    about = {"learner": name, "source": setting.source, "target": setting.target, **flat(training), **flat(learning)}
+    return MetaJob(name, outer, pieces, each, training, about)
 
 
-def meta_data(config: Any, setting: Any, key: jax.Array) -> tuple[tuple, tuple]:
+def meta_data(setting: Setting, training: MetaTraining, key: Array) -> MetaData:
     """What each kind of task is drawn from, for training and for validation."""
     keys = jax.random.split(key)
-    found = []
-    for part, part_key, classes in (
-        (setting.train_source, keys[0], config.shape_classes),
-        (setting.validation_source, keys[1], 500),
-    ):
-        by_kind = {
-            "classes": lambda part=part: jax.device_put(tasks.class_data(part.x, part.y)),
-            "shapes": lambda part=part, key=part_key, n=classes: draw_shapes(key, part.x, n, "drawing shapes"),
-        }
-        found.append(tuple(by_kind[kind]() for kind in setting.kinds))
-    return found[0], found[1]
+
+    def drawn(kind: str, part: Any, part_key: Array, shapes: int) -> tasks.ClassData:
+        if kind == "shapes":
+            return draw_shapes(part_key, part.x, shapes, "drawing shapes")
+        found: tasks.ClassData = jax.device_put(tasks.class_data(part.x, part.y))
+        return found
+
+    sizes = ((setting.train_source, keys[0], training.shape_classes), (setting.validation_source, keys[1], 500))
+    train, held_out = (tuple(drawn(kind, *part) for kind in setting.kinds) for part in sizes)
+    return train, held_out
 
 
 def piece_path(folder: RunFolder, piece: int, name: str = "") -> Path:
@@ -102,9 +120,9 @@ def piece_path(folder: RunFolder, piece: int, name: str = "") -> Path:
 
 
 def train_in_pieces(
-    folder: RunFolder, state: MetaState, *, pieces: int, each: int, load: Callable[[], tuple], run: Callable,
-    judge: Callable, name: str = "",
-) -> tuple[MetaState, list[dict]]:  # fmt: skip
+    folder: RunFolder, state: MetaState, *, pieces: int, each: int, load: Callable[[], tuple[Any, Any]],
+    run: Callable[[MetaState, Any], tuple[MetaState, Metrics]], judge: Callable[[PyTree, Any], Metrics], name: str = "",
+) -> tuple[MetaState, Records]:  # fmt: skip
     """Meta-trains in pieces, each one step of the run folder with a checkpoint; goes on after the last one kept.
 
     Args:
@@ -120,16 +138,19 @@ def train_in_pieces(
       The last state and the records of all pieces.
     """
     step = f"meta-{name}" if name else "meta"
+    progress = need("tqdm", extra="experiments").tqdm
     kept = [folder.done(f"{step}-{i:02d}") and checkpoint.exists(piece_path(folder, i, name)) for i in range(pieces)]
     last = (kept.index(False) if False in kept else pieces) - 1
     if last >= 0:
         state = jax.device_put(checkpoint.restore(piece_path(folder, last, name), state))
+    train: Any = None
+    held_out: Any = None
     if last < pieces - 1:
         train, held_out = load()
-    records = []
-    for piece in tqdm(range(pieces), desc=f"meta-training {name}".rstrip()):
+    records: Records = []
+    for piece in progress(range(pieces), desc=f"meta-training {name}".rstrip()):
 
-        def compute(piece: int = piece) -> list[dict]:
+        def compute(piece: int = piece) -> Records:
             nonlocal state
             state, trained = run(state, train)
             judged = judge(state.meta, held_out)
@@ -151,28 +172,29 @@ def _called(metric: str) -> str:
 
 
 def meta_train(
-    config: Any, setting: Any, meta_job: MetaJob, folder: RunFolder, key: jax.Array, *, name: str = "maml",
-    load: Callable[[jax.Array], tuple] | None = None,
-):  # fmt: skip
-    """Meta-parameters, trained in pieces that are checkpointed one by one.
+    job: MetaJob, setting: Setting, folder: RunFolder, *, seed: int, load: Callable[[Array], MetaData] | None = None
+) -> PyTree:
+    """Meta-parameters, trained in pieces that are checkpointed one by one, and kept in the run folder.
 
-    `load(key)` gives the data, by default `meta_data`; every learner is given the same key.
+    Args:
+      job: what is trained.
+      setting: the data.
+      folder: the run.
+      seed: of the run; every learner draws by the same keys.
+      load: `key -> data`, by default `meta_data`.
     """
-    outer, pieces, each = meta_job
-    data_key, init_key, run_key, validation_key = jax.random.split(key, 4)
-    like = jnp.zeros((1, *setting.shape), setting.train_source.x.dtype)
-    state = jax.jit(outer.init)(init_key, like)
-    run = jax.jit(functools.partial(outer.run, steps=each))
-    judge = jax.jit(functools.partial(outer.evaluate, tasks=50))
+    data_key, init_key, run_key, validation_key = jax.random.split(jax.random.split(jax.random.key(seed))[0], 4)
+    state = jax.jit(job.outer.init)(init_key, setting.row())
+    run = jax.jit(functools.partial(job.outer.run, steps=job.each))
+    judge = jax.jit(functools.partial(job.outer.evaluate, tasks=50))
     state, _ = train_in_pieces(
-        folder, state, pieces=pieces, each=each,
-        load=lambda: load(data_key) if load else meta_data(config, setting, data_key),
+        folder, state, pieces=job.pieces, each=job.each,
+        load=lambda: load(data_key) if load else meta_data(setting, job.training, data_key),
         run=lambda state, train: run(run_key, state, train),
         judge=lambda meta, held_out: judge(validation_key, meta, held_out),
-        name="" if name == "maml" else name,
+        name="" if job.name == "maml" else job.name,
     )  # fmt: skip
-    config = {"learner": name, **dataclasses.asdict(config)}
-    checkpoint.save(folder.path / kept_name(name), state.meta, config=config)
+    checkpoint.save(folder.path / kept_name(job.name), state.meta, config={**job.about, "seed": seed})
     return state.meta
 
 
@@ -181,23 +203,39 @@ def kept_name(name: str) -> str:
     return "meta_parameters" if name == "maml" else f"meta_parameters_{name}"
 
 
-def meta_restore(config: Any, setting: Any, meta_job: MetaJob, *, name: str = "maml") -> PyTree:
-    """The meta-parameters that the finished run in the folder `config.meta_run` keeps.
+def meta_restore(job: MetaJob, setting: Setting, meta_run: str, *, seed: int) -> PyTree:
+    """The meta-parameters that the finished run in the folder `meta_run` keeps.
 
     Raises:
       UsageError: where the folder has none for this learner, or is a run of another source, target or seed.
     """
-    path = Path(config.meta_run)
-    if not checkpoint.exists(path / kept_name(name)):
-        raise UsageError(f"{path} holds no finished meta-training of {name}; run python experiments/meta_active.py "
-                         f"--source {config.source} --target {config.target} --learners {name} first, or leave "
+    path = Path(meta_run)
+    if not checkpoint.exists(path / kept_name(job.name)):
+        raise UsageError(f"{path} holds no finished meta-training of {job.name}; run python experiments/meta_active.py "
+                         f"--source {setting.source} --target {setting.target} --learners {job.name} first, or leave "
                          "--meta-run out")  # fmt: skip
     held = read_object(path / "config.json", "and the folder with it, or give another --meta-run")
-    for field in ("source", "target", "seed"):
-        if held.get(field) != getattr(config, field):
-            raise UsageError(
-                f"{path} is a run with {field}={held.get(field)!r}, asked for is {getattr(config, field)!r}"
-            )
-    like = jnp.zeros((1, *setting.shape), setting.train_source.x.dtype)
-    meta = jax.eval_shape(meta_job.outer.init, jax.random.key(config.seed), like).meta
-    return checkpoint.restore(path / kept_name(name), meta)
+    for field, wanted in (("source", setting.source), ("target", setting.target), ("seed", seed)):
+        if held.get(field) != wanted:
+            raise UsageError(f"{path} is a run with {field}={held.get(field)!r}, asked for is {wanted!r}")
+    like = jax.eval_shape(job.outer.init, jax.random.key(seed), setting.row()).meta
+    return checkpoint.restore(path / kept_name(job.name), like)
+
+
+def meta_networks(
+    jobs: Mapping[str, MetaJob], setting: Setting, folder: RunFolder, *, seed: int, meta_run: str | None
+) -> dict[str, PyTree]:
+    """Meta-parameters by learner, those that an earlier run keeps or, without one, trained here on the same data."""
+    if meta_run is not None:
+        return {name: meta_restore(job, setting, meta_run, seed=seed) for name, job in jobs.items()}
+    drawn: list[MetaData] = []
+    found = {}
+    for name, job in jobs.items():
+
+        def once(key: Array, job: MetaJob = job) -> MetaData:
+            if not drawn:
+                drawn.append(meta_data(setting, job.training, key))
+            return drawn[0]
+
+        found[name] = meta_train(job, setting, folder, seed=seed, load=once)
+    return found

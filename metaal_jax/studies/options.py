@@ -8,6 +8,9 @@ a `Place` in `typing.Annotated`:
     save_results: Annotated[str | None, RESULT_FILE] = None
 
 Without one, an `int` is at least 1, or as `SEED` says if its name ends in `seed`; a `float` is finite and at least 0.
+
+A field may be a dataclass itself, a group of options. Groups order a config, its help and what functions take; options
+are named without them, on the command line and in files, so that none may stand in two groups of a config.
 """
 
 import contextlib
@@ -98,7 +101,7 @@ def parse(config: type[C], description: str | None = None) -> C:
     tyro = need("tyro", extra="experiments")
     with contextlib.redirect_stderr(io.StringIO()) as said:
         try:
-            found: C = tyro.cli(config, description=description)
+            found: C = tyro.cli(config, description=description, config=(tyro.conf.OmitArgPrefixes,))
         except SystemExit as ended:
             if ended.code in (0, None):
                 raise
@@ -117,8 +120,73 @@ def _in_one_line(said: str) -> str:
     return f"{words}{hint} --help shows all options"
 
 
+def flat(config: Any) -> dict[str, Any]:
+    """The options of a config by name, those in its groups too.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Solver:
+    ...     steps: int = 8
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Config:
+    ...     rate: float = 0.1
+    ...     solver: Solver = Solver()
+    >>> flat(Config())
+    {'rate': 0.1, 'steps': 8}
+
+    Raises:
+      TypeError: where two options have one name.
+    """
+    return {name: value for name, (value, _) in _options(config).items()}
+
+
+def with_options(config: C, **options: Any) -> C:
+    """A copy of a config with other values of options, in whichever groups they are.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Solver:
+    ...     steps: int = 8
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Config:
+    ...     rate: float = 0.1
+    ...     solver: Solver = Solver()
+    >>> with_options(Config(), steps=9)
+    Config(rate=0.1, solver=Solver(steps=9))
+
+    Raises:
+      TypeError: for a name that is no option's.
+    """
+    if unknown := options.keys() - flat(config):
+        raise TypeError(f"{type(config).__name__} has no option {', '.join(sorted(unknown))}")
+    changed: C = _changed(config, options)
+    return changed
+
+
+def _changed(config: Any, options: dict[str, Any]) -> Any:
+    new = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            new[field.name] = _changed(value, options)
+        elif field.name in options:
+            new[field.name] = options[field.name]
+    return dataclasses.replace(config, **new)
+
+
+def _options(config: Any) -> dict[str, tuple[Any, Any]]:
+    """Value and declared type of every option by name."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    found: dict[str, tuple[Any, Any]] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        inner = _options(value) if dataclasses.is_dataclass(value) else {field.name: (value, hints[field.name])}
+        if twice := found.keys() & inner:
+            raise TypeError(f"{type(config).__name__} has two options with the name {min(twice)}")
+        found |= inner
+    return found
+
+
 def check_options(config: Any) -> None:
-    """Checks every number and place among the fields of a config, and of the dataclasses in it.
+    """Checks every number and place among the options of a config.
 
     None is allowed where the type says so. Places are tried: nothing is left there.
 
@@ -136,27 +204,19 @@ def check_options(config: Any) -> None:
     Raises:
       UsageError: naming the option, what it was and what it may be.
     """
-    _check(config, "")
-
-
-def _check(config: Any, inside: str) -> None:
-    hints = typing.get_type_hints(type(config), include_extras=True)
-    for field in dataclasses.fields(config):
-        value, option = getattr(config, field.name), f"{inside}{field.name.replace('_', '-')}"
-        if dataclasses.is_dataclass(value):
-            _check(value, f"{option}.")
-            continue
-        marks = getattr(hints[field.name], "__metadata__", ())
+    for name, (value, hint) in _options(config).items():
+        option = f"--{name.replace('_', '-')}"
+        marks = getattr(hint, "__metadata__", ())
         for place in (mark for mark in marks if isinstance(mark, Place) and value is not None):
-            check_place(f"--{option}", value, place)
+            check_place(option, value, place)
         declared = next((mark for mark in marks if isinstance(mark, Range)), None)
-        real = float in _types(hints[field.name])
+        real = float in _types(hint)
         if isinstance(value, list | tuple) and not value:
-            raise UsageError(f"--{option} is empty; give something, or leave it out")
+            raise UsageError(f"{option} is empty; give something, or leave it out")
         for one in value if isinstance(value, list | tuple) else (value,):
             if isinstance(one, int | float) and not isinstance(one, bool):
-                usual = SEED if field.name.endswith("seed") else at_least(0 if real else 1)
-                _check_number(f"--{option} {one}", float(one) if real else one, declared or usual)
+                usual = SEED if name.endswith("seed") else at_least(0 if real else 1)
+                _check_number(f"{option} {one}", float(one) if real else one, declared or usual)
 
 
 def _types(hint: Any) -> set[Any]:
