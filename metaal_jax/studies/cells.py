@@ -192,9 +192,7 @@ def seed_keys(seed: int, number: int, seeds: int) -> Array:
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), number), seeds)
 
 
-def run_program(
-    places: Mapping[Place, Drawn], task: tuple[Layer, int, Work], send: Callable[[Any, Any], None]
-) -> None:
+def run_program(places: Mapping[Place, Drawn], task: tuple[Layer, int, Work], send: Callable[[Any, Any], None]) -> None:
     """Compiles one program, runs it in all wanted places and sends the records of each.
 
     The task is the layer, the seed and the work. The strategy is looked up again, in the process that runs it.
@@ -206,9 +204,8 @@ def run_program(
     def run(keys: Array, problems: Problem, wrong: Array) -> tuple[Score, Array, PyTree]:
         if len(keys) <= SEEDS_AT_ONCE:
             return jax.vmap(one, in_axes=(0, 0, None))(keys, problems, wrong)
-        found: tuple[Score, Array, PyTree] = jax.lax.map(
-            lambda each: one(*each, wrong), (keys, problems), batch_size=SEEDS_AT_ONCE
-        )
+        each = lambda inputs: one(inputs[0], inputs[1], wrong)  # noqa: E731
+        found: tuple[Score, Array, PyTree] = jax.lax.map(each, (keys, problems), batch_size=SEEDS_AT_ONCE)
         return found
 
     compiled = None

@@ -67,6 +67,10 @@ class Evaluation(NamedTuple):
         """Accuracy along the curve, one value per seed."""
         return self.table.area(self.cell(name, k), self.budget)
 
+    def by_area(self, names: Iterable[str], k: int) -> list[str]:
+        """The names, the largest mean area first."""
+        return sorted(names, key=lambda name: -self.area(name, k).mean())
+
     def needed(self, name: str, k: int) -> list[float]:
         """Median labels to each of `GOALS`, infinity where most seeds do not reach it."""
         cell = self.cell(name, k)
@@ -95,7 +99,7 @@ def evaluation_rows(of: Evaluation) -> tuple[list[Record], list[Record]]:
         where = {"source": of.source, "target": of.target, "batch": k}
         best = area[of.first()]
         corrected = holm({name: paired_p(best - area[name]) for name in of.rules(area)})
-        for name in sorted(area, key=lambda name, area=area: -area[name].mean()):
+        for name in of.by_area(area, k):
             rows += _strategy_rows(of, name, k, {"strategy": name, **where})
             if name not in of.trained:
                 p = {"p_holm": float(f"{corrected[name]:.3g}")} if name in corrected else {}
@@ -129,7 +133,7 @@ def evaluation_tables(of: Evaluation) -> str:
     parts = []
     for k in of.batches():
         lines = []
-        for name in sorted(of.names(k), key=lambda name, k=k: -of.area(name, k).mean()):
+        for name in of.by_area(of.names(k), k):
             gain = of.gain(name, k)
             lines.append([
                 name, points(of.area(name, k)), "" if gain is None or np.isnan(gain) else f"{gain:.2f}",
@@ -150,7 +154,7 @@ def evaluation_picture(of: Evaluation, path: Path) -> None:
     figure, axes = canvas(1, panels, size=(4.6 * panels, 4.0))
     for axis, k in zip(axes[0], sizes, strict=False):
         names = of.names(k)
-        rules = sorted(of.rules(names), key=lambda name, k=k: -of.area(name, k).mean())
+        rules = of.by_area(of.rules(names), k)
         base = of.table.values[of.cell(rules[0], k)]["accuracy"]
         near = [name for name in rules[1:4] if name != "random"]  # so far below that it hides the rest
         for name in [*of.trained, *near, *(n for n in ("oracle",) if n in names)]:

@@ -17,6 +17,9 @@ from metaal_jax.studies.pictures import Panel, rule_shares
 from metaal_jax.studies.ranking import Table
 from metaal_jax.studies.results import Record
 
+# What a run was of may grow and shrink: a cell depends on its own strategy alone.
+FREE = ("policies", "strategies", "without", "importance", "batches")
+
 
 def short(name: str) -> str:
     """A strategy's name for pictures: of a policy's path the folder's name."""

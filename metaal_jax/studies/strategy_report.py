@@ -136,7 +136,8 @@ def summary_rows(
     """Mean ranks and full adaptation as rows, wins as pairs."""
     rows = [{"learner": embedding, "strategy": name, "source": about.source, "target": about.target,
              "metric": "mean_rank", "labels": labels, **numbers(low, digits=4)}
-            for labels, by in ranking.items() for embedding, found in by.items() for name, low in found.items()]  # fmt: skip
+            for labels, by in ranking.items()
+            for embedding, found in by.items() for name, low in found.items()]  # fmt: skip
     if final is not None:
         rows += [row for row in final.rows()
                  if row["metric"] == "area" or (row["metric"] == "accuracy" and row["labels"] in SHOWN)]  # fmt: skip

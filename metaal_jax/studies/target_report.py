@@ -52,7 +52,9 @@ class Compared(NamedTuple):
         return {**found, "all": self.overall(policy) - self.overall(other)}
 
 
-def compared(table: Table, targets: Sequence[str], trained: Sequence[str], rules: Sequence[str], source: str) -> Compared:
+def compared(
+    table: Table, targets: Sequence[str], trained: Sequence[str], rules: Sequence[str], source: str
+) -> Compared:
     """What a table of cells compares."""
     area = {(cell.condition, cell.strategy): table.area(cell, int(table.labels[cell][-1])) for cell in table.labels}
     return Compared(area, targets, trained, rules, source, len(next(iter(area.values()))))

@@ -12,8 +12,9 @@ from jax import Array
 from metaal_jax import data, tasks
 from metaal_jax.base import Problem
 from metaal_jax.data.local import SPLITS
+from metaal_jax.names import Strategy
 from metaal_jax.studies.arms import standardised
-from metaal_jax.studies.cells import Cell, Drawn, Place, Program, Work, seed_keys
+from metaal_jax.studies.cells import Cell, Drawn, Layer, Place, Program, Work, check_work, seed_keys
 from metaal_jax.studies.usage import UsageError, need
 
 
@@ -64,7 +65,7 @@ def find_targets(text: str, data_dir: str | None) -> list[Target]:
     return found
 
 
-def load_target(target: Target, shape: tuple[int, ...] | None, data_dir: str | None) -> data.Arrays:
+def load_target(target: Target, shape: tuple[int, int, int] | None, data_dir: str | None) -> data.Arrays:
     """All rows of a target, of both splits, its classes numbered from 0; images of a shape, tables without one."""
     read = functools.partial(data.load, target.base, data_dir=data_dir, image_shape=None if target.table else shape)
     parts = []
@@ -119,6 +120,13 @@ def target_problems(
 
         found["columns" if arrays.x.ndim == 2 else "meta", name] = Drawn(draw(keys), jnp.float32(0.0))
     return found
+
+
+def check_targets(targets: Mapping[str, data.Arrays], chosen: Mapping[str, Strategy], layer: Layer) -> None:
+    """Makes every run on every target once, see `check_work`; raises a `UsageError` for what cannot be made."""
+    sizes = {name: sizes_of(len(arrays.y)) for name, arrays in targets.items()}
+    check_work([Work(arrays.classes, Program(strategy, sizes[name].batch, sizes[name].budget), ())
+                for name, arrays in targets.items() for strategy in chosen], chosen, layer)  # fmt: skip
 
 
 def target_work(strategies: list[str], targets: Mapping[str, data.Arrays], places: Mapping[Place, Drawn]) -> list[Work]:

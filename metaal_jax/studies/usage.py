@@ -6,7 +6,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,14 @@ def strategy_names(text: str) -> tuple[str, ...]:
 def strategies(text: str) -> dict[str, Strategy]:
     """Comma-separated strategies by the names that were given, looked up; see `strategy_names`."""
     return {name: find(name) for name in strategy_names(text)}
+
+
+def by_usual_names(found: Mapping[str, Strategy]) -> dict[str, Strategy]:
+    """Strategies by their usual names in place of other spellings; raises a `UsageError` where two become one."""
+    usual = {ALIASES.get(name, name): one for name, one in found.items()}
+    if len(usual) < len(found):
+        raise UsageError(f"--strategies {','.join(found)!r} names one strategy twice, by different spellings")
+    return usual
 
 
 def trained_policies(text: str) -> dict[str, policies.Saved]:
