@@ -113,6 +113,7 @@ def strategies(config: Config, committee: Learner) -> dict[str, Policy]:
     }
 
 
+@arguments()
 def job(config: Config) -> None:
     """All tables and strategies; prints the areas and their differences to random's."""
     check_options(config)
@@ -165,11 +166,4 @@ def job(config: Config) -> None:
 
 
 if __name__ == "__main__":
-
-    def run() -> None:
-        """Parses and runs."""
-        config = parse(Config, __doc__)
-        with arguments():
-            job(config)
-
-    main(run)
+    main(lambda: job(parse(Config, __doc__)))

@@ -21,6 +21,7 @@ from typing import Annotated
 import numpy as np
 from typing_extensions import Doc
 
+from metaal_jax.studies import groups
 from metaal_jax.studies.embedding import meta_embedding
 from metaal_jax.studies.forms import Problems, embedded_forms
 from metaal_jax.studies.groups import Run, Transfer, open_folder
@@ -81,7 +82,7 @@ def job(config: Config) -> None:
     with arguments():
         for course in courses.values():
             course.check()
-    folder = open_folder(config, run, f"runs/compare_trainings/{config.what}", ("minutes", "pieces"))
+    folder = open_folder(config, run, f"runs/compare_trainings/{config.what}", free=groups.FREE | {"minutes", "pieces"})
     embed = meta_embedding(setting, folder, seed=config.meta_seed, meta_run=transfer.meta_run)
     forms = embedded_forms(setting, embed, Training().material, [composed], seed=run.seed)
     with arguments():
@@ -92,7 +93,7 @@ def job(config: Config) -> None:
         trained = {}
         for name, course in courses.items():
             own = dataclasses.replace(run, seed=run.seed + number, out=f"{folder.path}/{name}-{number}")
-            place = open_folder(TrainingRun(trainings[name], transfer, config.meta_seed, own), own, "", FREE)
+            place = open_folder(TrainingRun(trainings[name], transfer, config.meta_seed, own), own, "", free=FREE)
             trained[name] = train(course, place, forms, seed=own.seed)
             seconds[name, number] = trained[name].records[-1]["seconds"]
         found.append(judge(folder, courses, trained, forms, seed=run.seed, run=number))

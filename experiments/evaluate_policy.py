@@ -109,7 +109,7 @@ def job(config: Config) -> None:
     check_rows(config.rows, setting.problem_data, transfer.target)
     work = place_work(programs, [PLACE], setting.classes)
     check_work(work, chosen, layer)
-    folder = open_folder(config, run, "runs/evaluate_policy", FREE)
+    folder = open_folder(config, run, "runs/evaluate_policy", free=FREE)
     forget_changed(folder, saved, [cell for one in work for cell in one.cells])
     network = meta_network(setting, folder, seed=config.meta_seed, meta_run=transfer.meta_run)
     problems = condition_problems(setting.problem_data, make_embedding(setting),

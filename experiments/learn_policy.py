@@ -60,7 +60,7 @@ def job(config: Config) -> None:
     with arguments():
         course.check()
     way, policy = training.trainer.way, training.policy_options.policy
-    folder = open_folder(config, run, f"runs/policies/{transfer.source}-{policy}-{way}", FREE)
+    folder = open_folder(config, run, f"runs/policies/{transfer.source}-{policy}-{way}", free=FREE)
     embed = meta_embedding(setting, folder, seed=config.meta_seed, meta_run=transfer.meta_run)
     composed = [game.problems for game in course.games]
     forms = embedded_forms(setting, embed, training.material, composed, seed=run.seed)

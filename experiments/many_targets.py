@@ -88,7 +88,7 @@ def job(config: Config) -> None:
     order = sorted(chosen, key=lambda name: not chosen[name].costly)
     sizes = {name: sizes_of(len(arrays.y)) for name, arrays in targets.items()}
     check_targets(targets, chosen, layer)
-    folder = open_folder(config, run, "runs/many_targets", FREE)
+    folder = open_folder(config, run, "runs/many_targets", free=FREE)
     embed = setting and meta_embedding(setting, folder, seed=config.meta_seed, meta_run=transfer.meta_run)
     problems = target_problems(targets, embed, seed=run.seed, seeds=config.seeds)
     work = target_work(order, targets, problems)

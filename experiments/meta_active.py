@@ -11,21 +11,16 @@ Figures and times: experiments/results/meta_active/ and the table in the README.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from metaal_jax.names import listing
-from metaal_jax.studies.arms import LEARNERS, make_arms
-from metaal_jax.studies.curves import check_sizes, learning_curves
+from metaal_jax.studies.curves import check_sizes
 from metaal_jax.studies.groups import Learning, MetaTraining, Run, Sizes, Transfer, open_folder
-from metaal_jax.studies.meta_learners import meta_learner_of
-from metaal_jax.studies.meta_training import make_meta_job, meta_networks
-from metaal_jax.studies.options import RESULT_FILE, check_options, flat, parse
-from metaal_jax.studies.setting import held_out_for, load_setting
-from metaal_jax.studies.study import Study, pair
-from metaal_jax.studies.usage import arguments, command, main, names, strategy_names
+from metaal_jax.studies.main_job import learner_names, main_job_folder, make_main_job, run_main_job, write_study
+from metaal_jax.studies.options import RESULT_FILE, check_options, parse
+from metaal_jax.studies.usage import main, strategy_names
 
 
 @dataclass(frozen=True)
@@ -48,60 +43,22 @@ class Config:
     """Also write the results to this JSON file."""
 
 
-def check(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Checks what can be checked without data; returns the names of learners and strategies."""
-    check_options(config)
-    check_sizes(config.sizes)
-    plain = [name for name in LEARNERS if "+" not in name]
-    return names(config.learners, plain, "learner", LEARNERS), strategy_names(config.strategies)
-
-
-def comparisons(study: Study, against: tuple[str, ...]) -> list[dict]:
-    """Paired differences of the meta-learned network to the same strategy with the learners `against`."""
-    rows = []
-    for learner, strategy in study.curves:
-        for other in against:
-            if learner in ("maml", "frozen") and other != learner and (other, strategy) in study.curves:
-                a, b = (learner, strategy), (other, strategy)
-                for n in study.columns():
-                    rows.append(pair(a, b, "accuracy", n, study.at(a, "accuracy", n) - study.at(b, "accuracy", n)))
-                rows.append(pair(a, b, "area", int(study.labels[-1]), study.area(a) - study.area(b)))
-    return rows
-
-
 def job(config: Config) -> None:
     """The whole run."""
-    learners, strategies = check(config)
-    transfer, sizes, learning, run = config.transfer, config.sizes, config.learning, config.run
-    setting = load_setting(
-        transfer, run=run, sizes=sizes, tasks_of=config.training.tasks, held_out=held_out_for(strategies)
-    )
-    with arguments():
-        owners = dict.fromkeys(filter(None, map(meta_learner_of, learners)))
-        meta_jobs = {name: make_meta_job(setting, name, training=config.training, learning=learning) for name in owners}
-        arms = [
-            (learner, arm)
-            for learner in learners
-            for arm in make_arms(
-                learner, strategies, classes=setting.classes, shape=setting.shape, sizes=sizes, learning=learning
-            )
-        ]
-    folder = open_folder(config, run, f"runs/{Path(transfer.source).stem}-{Path(transfer.target).stem}")
-    metas = meta_networks(meta_jobs, setting, folder, seed=run.seed, meta_run=transfer.meta_run)
-    study = learning_curves(arms, metas, setting, folder, sizes=sizes, seed=run.seed)
-    folder.close()
-    text = study.table()
-    (folder.path / "table.txt").write_text(text + "\n")
-    study.about.update(config=flat(config), seconds=folder.seconds())
-    title = f"{study.about['source']} to {study.about['target']}, {sizes.seeds} seeds"
-    paired = comparisons(study, against=("scratch", "frozen", "logistic"))
-    for path in (folder.path / "results.json", *([Path(config.save_results)] if config.save_results else [])):
-        study.plot(path.with_suffix(".png"), title=title)
-        study.save(path, command=command(), paired=paired)
+    check_options(config)
+    check_sizes(config.sizes)
+    learners, strategies = learner_names(config.learners), strategy_names(config.strategies)
+    transfer, sizes, run = config.transfer, config.sizes, config.run
+    planned = make_main_job(
+        learners, strategies, transfer=transfer, run=run, sizes=sizes, training=config.training,
+        learning=config.learning,
+    )  # fmt: skip
+    folder = open_folder(config, run, main_job_folder(transfer))
+    study = run_main_job(planned, folder, sizes=sizes, seed=run.seed, meta_run=transfer.meta_run)
+    table = write_study(study, folder, config, config.save_results)
     print(f"\n{transfer.source} to {transfer.target}: test accuracy in %, mean and 95 % interval over "
           f"{sizes.seeds} seeds\n")  # fmt: skip
-    print(text)
-    print(f"\nrun folder: {folder.path}")
+    print(f"{table}\n\nrun folder: {folder.path}")
 
 
 if __name__ == "__main__":

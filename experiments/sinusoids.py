@@ -89,6 +89,7 @@ def errors(meta: PyTree, shots: int, steps: int, config: Config) -> np.ndarray:
     return np.asarray(judge(key, meta, ())["score"])
 
 
+@arguments()
 def job(config: Config) -> None:
     """Trains, tests, prints the table."""
     check_options(config)
@@ -116,11 +117,4 @@ def job(config: Config) -> None:
 
 
 if __name__ == "__main__":
-
-    def run() -> None:
-        """Parses and runs."""
-        config = parse(Config, __doc__)
-        with arguments():
-            job(config)
-
-    main(run)
+    main(lambda: job(parse(Config, __doc__)))

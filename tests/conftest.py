@@ -85,10 +85,13 @@ def scripts():
 @pytest.fixture(scope="session")
 def meta_run(scripts, tmp_path_factory):
     """The run folder of a tiny main job, whose network embeds."""
+    from metaal_jax.studies.options import with_options
+
     run, script = tmp_path_factory.mktemp("main_job") / "main", scripts["meta_active"]
-    script.job(script.Config(source="digits", target="digits", meta_steps=4, learners="maml", strategies="random",
-                             seeds=1, seeds_at_once=1, budget=10, pool=50, test=50, adapt_steps=1,
-                             out=str(run)))  # fmt: skip
+    script.job(with_options(
+        script.Config(), source="digits", target="digits", meta_steps=4, learners="maml", strategies="random", seeds=1,
+        seeds_at_once=1, budget=10, pool=50, test=50, adapt_steps=1, out=str(run),
+    ))  # fmt: skip
     return str(run)
 
 

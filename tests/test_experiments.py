@@ -20,7 +20,10 @@ import pytest
 
 import compiled
 from metaal_jax import Batch
-from metaal_jax.studies.options import parse
+from metaal_jax.studies.arms import make_arms, make_model
+from metaal_jax.studies.groups import Learning, MetaTraining, Sizes
+from metaal_jax.studies.meta_learners import META_LEARNERS, OWN_HEAD, make_meta_learner
+from metaal_jax.studies.options import parse, with_options
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "experiments"
 SMALL = {
@@ -93,7 +96,7 @@ def attempt(script, tmp_path, capfd):
     """Runs the job in this process; gives the exit status and what was said on stderr."""
 
     def run(**options):
-        config = script.Config(**{**SMALL, "out": str(tmp_path / "run"), **options})
+        config = with_options(script.Config(), **{**SMALL, "out": str(tmp_path / "run"), **options})
         status = 0
         try:
             script.main(lambda: script.job(config))
@@ -210,19 +213,14 @@ def test_other_meta_learners_have_a_training_of_their_own(attempt, tmp_path):
     assert kept == {"meta_parameters", "meta_parameters_meta_sgd", "meta_parameters_r2d2"}
 
 
-def test_every_meta_learner_adapts_to_the_target(script):
+def test_every_meta_learner_adapts_to_the_target():
     """Trained on as many classes as it wants, each predicts the target's ten after its own kind of adaptation."""
     import jax
-    from arms import make_arms
 
-    from metaal_jax.studies import meta_learners
-    from metaal_jax.studies.arms import make_model
-
-    config = script.Config()
-    for name in meta_learners.META_LEARNERS:
-        arm = make_arms(name, ("random",), classes=10, shape=(8, 8, 1), config=config)[0]
-        ways = 10 if name in meta_learners.OWN_HEAD else 4
-        trained = meta_learners.make_meta_learner(name, make_model(ways, (8, 8, 1), config), config, testing=False)
+    for name in META_LEARNERS:
+        arm = make_arms(name, ("random",), classes=10, shape=(8, 8, 1), sizes=Sizes())[0]
+        model = make_model(10 if name in OWN_HEAD else 4, (8, 8, 1))
+        trained = make_meta_learner(name, model, Learning().adaptation, training=MetaTraining())
 
         def run(key, arm=arm, trained=trained):
             x = jax.numpy.zeros((3, 8, 8, 1))
@@ -313,7 +311,7 @@ def test_a_mistake_is_one_line_with_its_remedy(attempt, tmp_path, name):
 
 def test_strategies_by_name(script, tmp_path, capfd):
     """Pointwise, joint, committee's and costly ones, an oracle that needs rows of its own, in other spellings too."""
-    config = script.Config(**{
+    config = with_options(script.Config(), **{
         **SMALL, "learners": "logistic", "strategies": "random,badge,typiclust,batchbald,oracle", "seeds": 1,
         "solver_steps": 5, "out": str(tmp_path / "run"),
     })  # fmt: skip

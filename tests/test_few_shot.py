@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metaal_jax import data
+from metaal_jax import checkpoint, data
+from metaal_jax.studies import few_shot_data
+from metaal_jax.studies import few_shot_presets as presets
+from metaal_jax.studies.options import with_options
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "experiments"
 SMALL = {
@@ -32,7 +35,7 @@ def attempt(script, tmp_path, capfd):
     """Runs the job in this process; gives the exit status and what was said on stderr."""
 
     def run(**options):
-        config = script.Config(**{**SMALL, "out": str(tmp_path / "run"), **options})
+        config = with_options(script.Config(), **{**SMALL, "out": str(tmp_path / "run"), **options})
         status = 0
         try:
             script.main(lambda: script.job(config))
@@ -103,14 +106,14 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bytes(attempt, tmp_path):
     assert (out / "metrics.jsonl").read_bytes() == whole
 
 
-def test_another_learners_body_starts_a_run(attempt, script, tmp_path):
+def test_another_learners_body_starts_a_run(attempt, tmp_path):
     body = str(tmp_path / "body")
     assert attempt(**options_of("supervised"), out=body)[0] == 0
-    saved = script.checkpoint.read_config(Path(body) / "meta_parameters")
+    saved = checkpoint.read_config(Path(body) / "meta_parameters")
     assert saved["learner"] == "supervised"
     status, said = attempt(**options_of("r2d2"), init=body, rate=0.0)
     assert status == 0, said.err
-    before, after = (script.checkpoint.load(Path(p) / "meta_parameters") for p in (body, tmp_path / "run"))
+    before, after = (checkpoint.load(Path(p) / "meta_parameters") for p in (body, tmp_path / "run"))
     np.testing.assert_array_equal(before["params"]["Conv_0"]["kernel"], after["params"]["Conv_0"]["kernel"])
     status, said = attempt(**options_of("r2d2"), init=body, filters=16, out=str(tmp_path / "other"))
     assert status == 2
@@ -129,10 +132,10 @@ def test_several_sources_and_a_target_that_is_none_of_them(attempt, tmp_path):
 
 
 @pytest.mark.real_data
-def test_benchmarks_have_their_classes(script):
+def test_benchmarks_have_their_classes():
     prepared("omniglot", "cifar100")
     for name, counts in (("omniglot", (1100, 100, 423)), ("cifar_fs", (64, 16, 20))):
-        parts = script.load_parts(name, script.SHAPES[name], None)
+        parts = few_shot_data.load_parts(name, few_shot_data.SHAPES[name], None)
         assert tuple(part.count.shape[0] for part in parts[:3]) == counts
         assert {int(n) for part in parts[:3] for n in part.count} == ({20} if name == "omniglot" else {600})
         images = [set(map(bytes, part.x[:200].reshape(200, -1))) for part in parts[:3]]
@@ -162,19 +165,17 @@ WRONG = {
 
 @pytest.mark.parametrize("data_set", ["omniglot", "cifar_fs"])
 @pytest.mark.parametrize("name", ["budget", "paper"])
-def test_presets_make_their_learners(script, name, data_set):
-    import few_shot_presets as presets
-
+def test_presets_make_their_learners(name, data_set):
     for learner in presets.LEARNERS:
         preset = presets.preset_of(name, learner, data_set)
         for testing in (False, True):
-            model = presets.make_model(preset, 5)
-            assert presets.make_learner(learner, model, preset, testing=testing).init is not None
-        presets.make_optimizer(preset)
+            model = presets.preset_model(preset, 5)
+            assert presets.preset_learner(learner, model, preset, testing=testing).init is not None
+        presets.preset_optimizer(preset)
 
 
-def test_validation_rows_are_not_the_tests(script):
-    parts = script.load_parts("digits", None, None)
+def test_validation_rows_are_not_the_tests():
+    parts = few_shot_data.load_parts("digits", None, None)
     rows = [set(map(bytes, part.x.reshape(len(part.x), -1))) for part in parts[:3]]
     assert not rows[1] & rows[2]
     assert not rows[1] & rows[0]

@@ -32,7 +32,7 @@ def scripts(monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-    rate: float = 0.5
+    decay: float = 0.5
     steps: int = 3
 
 
@@ -70,8 +70,17 @@ WRONG = {
     "--most 0 must be at least 1": {"most": 0},
     "--rates nan must be a finite number, at least 0": {"rates": (0.1, math.nan)},
     "--rates is empty; give something, or leave it out": {"rates": ()},
-    "--inner.steps 0 must be at least 1": {"inner": Inner(steps=0)},
+    "--steps 0 must be at least 1": {"inner": Inner(steps=0)},
 }
+
+
+def hints_of(config):
+    """The types of all options, those in groups too."""
+    found = {}
+    for name, hint in typing.get_type_hints(type(config)).items():
+        inner = getattr(config, name)
+        found |= hints_of(inner) if dataclasses.is_dataclass(inner) else {name: hint}
+    return found
 
 
 @pytest.mark.parametrize("said", WRONG)
@@ -82,18 +91,31 @@ def test_wrong_values(said):
     assert str(found.value) == said
 
 
+def test_groups_lie_flat(monkeypatch):
+    """On the command line, in files and where another value is given; a name in two groups is a mistake."""
+    names = [field.name for field in dataclasses.fields(Options)]
+    assert list(options.flat(Options())) == [*names[:-1], "decay", "steps"]
+    monkeypatch.setattr(sys, "argv", ["script.py", "--steps", "5", "--rate", "0.3"])
+    assert options.parse(Options) == options.with_options(Options(), steps=5, rate=0.3)
+    assert options.with_options(Options(), steps=5).inner == Inner(steps=5)
+    with pytest.raises(TypeError, match=r"no option step$"):
+        options.with_options(Options(), step=5)
+    twice = dataclasses.make_dataclass("Twice", [("steps", int, 1), ("inner", Inner, Inner())], frozen=True)
+    with pytest.raises(TypeError, match="Twice has two options with the name steps"):
+        options.flat(twice())
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_number_of_every_script_is_checked(scripts, name):
     config = scripts(name).Config()
     options.check_options(config)
-    hints = typing.get_type_hints(type(config))
-    for field in dataclasses.fields(config):
-        kinds = {*typing.get_args(hints[field.name]), hints[field.name]}
-        several = typing.get_origin(hints[field.name]) is tuple
+    for option, hint in hints_of(config).items():
+        kinds = {*typing.get_args(hint), hint}
+        several = typing.get_origin(hint) is tuple
         wrong = [math.nan, math.inf, -math.inf] if float in kinds else [-1, 10**20] if int in kinds else []
         for value in wrong:
-            with pytest.raises(usage.UsageError, match=f"^--{field.name.replace('_', '-')} .* must be "):
-                options.check_options(dataclasses.replace(config, **{field.name: (value,) if several else value}))
+            with pytest.raises(usage.UsageError, match=f"^--{option.replace('_', '-')} .* must be "):
+                options.check_options(options.with_options(config, **{option: (value,) if several else value}))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -186,7 +208,10 @@ def test_studies_need_no_extra():
         import metaal_jax
         assert not set(extra) & set(sys.modules)
         sys.modules.update(dict.fromkeys(extra))
-        from metaal_jax.studies import comparison, files, folder, options, processes, results, statistics, study, usage
+        from metaal_jax import studies
+        for name in studies.__all__:
+            getattr(studies, name)
+        from metaal_jax.studies import options, usage
         try:
             options.parse(int)
         except usage.UsageError as error:

@@ -13,7 +13,7 @@ import pytest
 
 from campaigns import folders
 from campaigns.folders import STEP, attempt, contents, results, study
-from metaal_jax.studies import files, folder
+from metaal_jax.studies import files, folder, groups
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -218,8 +218,13 @@ def test_a_folder_that_cannot_be_made(tmp_path, place):
 
 @dataclasses.dataclass(frozen=True)
 class Inner:
-    rate: float = 0.5
     steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    width: int = 7
+    inner: Inner = Inner()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,8 +232,7 @@ class Nested:
     seed: int = 0
     rate: float = 0.1
     name: str | None = None
-    inner: Inner = Inner()
-    more: Inner = dataclasses.field(default_factory=lambda: Inner(steps=4))
+    group: Group = dataclasses.field(default_factory=lambda: Group(inner=Inner(steps=4)))
 
 
 def test_new_options_do_not_break_old_folders(run):
@@ -236,19 +240,21 @@ def test_new_options_do_not_break_old_folders(run):
         return attempt(lambda: folder.RunFolder(run, config, resume=True, **options))
 
     assert open_as(Nested()) == (0, [], "")
-    assert json.loads((run / "config.json").read_text())["more"] == {"rate": 0.5, "steps": 4}
+    held = json.loads((run / "config.json").read_text())
+    assert {name: value for name, value in held.items() if name != folder.MARK} == {
+        "seed": 0, "rate": 0.1, "name": None, "width": 7, "steps": 4,
+    }  # fmt: skip
     for config, said in (
         (Nested(name="x"), "name=None, asked for is 'x'"),
-        (Nested(inner=Inner(steps=5)), "inner.steps=3, asked for is 5"),
-        (Nested(more=Inner()), "more.steps=4, asked for is 3"),
+        (Nested(group=Group()), "steps=4, asked for is 3"),
+        (Nested(group=Group(width=5, inner=Inner(4))), "width=7, asked for is 5"),
         (Nested(rate=0.2), "rate=0.1, asked for is 0.2"),
     ):
         status, (line,), _ = open_as(config)
         assert status == 2
         assert said in line
-    # A part of an option that the folder has and its fields were added to.
-    held = json.loads((run / "config.json").read_text())
-    del held["more"]["steps"]
+    # An option of a group that is newer than the folder.
+    del held["steps"]
     (run / "config.json").write_text(json.dumps(held))
     assert open_as(Nested()) == (0, [], "")
     assert open_as(Nested(rate=0.3), free=frozenset({"rate"})) == (0, [], "")
@@ -258,6 +264,24 @@ def test_new_options_do_not_break_old_folders(run):
         found, err, _ = open_as(Nested())
         assert found == status
         assert [line for line in err if "gone=3, an option that there is no more" in line] == err
+
+
+def test_what_does_not_decide_the_results_may_differ(tmp_path, monkeypatch):
+    """Where data, folder and results are; without --out, the folder is the experiment's."""
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.make_dataclass("Config", [("run", groups.Run), ("save_results", str | None, None)])
+
+    def open_as(run, **options):
+        return attempt(lambda: groups.open_folder(config(run, **options), run, "runs/mine"))
+
+    assert open_as(groups.Run()) == (0, [], "")
+    folder.RunFolder("runs/mine", config(groups.Run()), resume=False, free=groups.FREE).step("a", list)
+    status, (line,), _ = open_as(groups.Run())
+    assert (status, "go on with --resume" in line) == (2, True)
+    assert open_as(groups.Run(resume=True, data_dir="there"), save_results="r.json") == (0, [], "")
+    assert "seed=0, asked for is 1" in open_as(groups.Run(resume=True, seed=1))[1][0]
+    assert open_as(groups.Run(seed=1, out="other")) == (0, [], "")
+    assert (tmp_path / "other" / "config.json").exists()
 
 
 def test_another_environment_is_said_and_kept(runs, run, monkeypatch):

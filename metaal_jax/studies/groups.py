@@ -6,8 +6,6 @@ A group's fields are options of their own (`--meta-rate`, not `--training.meta-r
     sizes: Sizes = Sizes(budget=300)
 """
 
-import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -166,17 +164,19 @@ class Learning:
     baselines: Baselines = Baselines()
 
 
-def open_folder(config: Any, run: Run, otherwise: str, free: Iterable[str] = ()) -> RunFolder:
+FREE = frozenset({"data_dir", "out", "resume", "save_results"})
+
+
+def open_folder(config: Any, run: Run, otherwise: str, *, free: frozenset[str] = FREE) -> RunFolder:
     """The folder of a run: a new one, or one of the same config to go on with.
 
     Args:
       config: the experiment's, with `run` among its groups.
       run: where the run is kept.
       otherwise: the folder where `--out` is not given.
-      free: options that decide no step's result, beside those of the run's place.
+      free: names of options that do not decide the results.
 
     Raises:
       UsageError: see `RunFolder`.
     """
-    free = {*free, "save_results", *(field.name for field in dataclasses.fields(Run) if field.name != "seed")}
-    return RunFolder(run.out or otherwise, config, resume=run.resume, free=frozenset(free))
+    return RunFolder(run.out or otherwise, config, resume=run.resume, free=free)

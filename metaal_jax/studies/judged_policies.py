@@ -10,6 +10,7 @@ import numpy as np
 
 from metaal_jax.names import LEARNED
 from metaal_jax.policies import Saved
+from metaal_jax.studies import groups
 from metaal_jax.studies.cells import Cell
 from metaal_jax.studies.files import write
 from metaal_jax.studies.folder import RunFolder, read_object
@@ -18,7 +19,7 @@ from metaal_jax.studies.ranking import Table
 from metaal_jax.studies.results import Record
 
 # What a run was of may grow and shrink: a cell depends on its own strategy alone.
-FREE = ("policies", "strategies", "without", "importance", "batches")
+FREE = groups.FREE | {"policies", "strategies", "without", "importance", "batches"}
 
 
 def short(name: str) -> str:

@@ -16,6 +16,7 @@ from metaal_jax.base import Policy, PyTree
 from metaal_jax.names import Strategy
 from metaal_jax.policies import features
 from metaal_jax.policies.episodes import episode
+from metaal_jax.studies import groups
 from metaal_jax.studies.folder import Records, RunFolder, round_to
 from metaal_jax.studies.forms import MADE_OF, Forms, Material, Problems, compositions, make_sampler, strengths_of
 from metaal_jax.studies.policy_choosers import (
@@ -32,7 +33,7 @@ from metaal_jax.studies.policy_ways import TRAINED, WAYS, Trainer, make_trainers
 from metaal_jax.studies.usage import UsageError, names, need
 
 # A run may go on for longer: what is there stays as it is.
-FREE = ("save_policy", "minutes", "pieces", "plan")
+FREE = groups.FREE | {"save_policy", "minutes", "pieces", "plan"}
 
 
 @dataclass(frozen=True)

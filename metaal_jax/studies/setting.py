@@ -1,7 +1,6 @@
 """The data of a run, checked and on the device, and the sizes that follow from them."""
 
 import functools
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +9,10 @@ import numpy as np
 
 from metaal_jax import data, tasks
 from metaal_jax.base import Batch
-from metaal_jax.names import find
 from metaal_jax.studies.groups import Run, Sizes, Transfer
 from metaal_jax.studies.usage import UsageError
 
-HELD_OUT = 300
+HELD_OUT = 300  # rows beside the pool, where a strategy chooses by them; all arms then draw their pools in one way
 
 
 class Setting(NamedTuple):
@@ -52,11 +50,6 @@ class Setting(NamedTuple):
     def row(self) -> jax.Array:
         """A row of zeros, `[1, ...]`, to initialise a network with."""
         return jnp.zeros((1, *self.shape), self.train_source.x.dtype)
-
-
-def held_out_for(strategies: Iterable[str]) -> int:
-    """Rows beside the pool that these strategies take; then all arms draw their pools in the same way."""
-    return HELD_OUT if any(find(name).held_out for name in strategies) else 0
 
 
 def load_setting(

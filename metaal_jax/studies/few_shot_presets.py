@@ -1,14 +1,16 @@
-"""What `few_shot.py` runs: learners by name, the settings of their presets, and the papers' figures beside them."""
+"""The few-shot benchmark's learners by name, the settings of their presets, and the papers' figures beside them."""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import optax
 
 from metaal_jax import learners, models
 from metaal_jax.base import Learner
+from metaal_jax.studies.options import at_least
+from metaal_jax.studies.usage import UsageError, names
 
 LEARNERS = {
     "maml": "MAML, second order",
@@ -53,6 +55,39 @@ class Preset:
     ridge: float = 1.0
 
 
+@dataclass(frozen=True)
+class Instead:
+    """What is other than in the preset."""
+
+    filters: int | None = None
+    """Channels of the network's blocks."""
+    norm: Literal["batch", "group", "none"] | None = None
+    """Norm layers."""
+    statistics: Literal["batch", "support"] | None = None
+    """What batch norm normalises query rows by in meta-training."""
+    train_ways: int | None = None
+    """Classes of a meta-training task."""
+    train_shots: int | None = None
+    """Labelled rows of each class in meta-training."""
+    steps: int | None = None
+    """Outer steps."""
+    tasks: int | None = None
+    """Tasks of an outer step."""
+    rate: float | None = None
+    """Outer learning rate."""
+    inner_rate: float | None = None
+    """Inner learning rate."""
+    inner_steps: Annotated[int | None, at_least(0)] = None
+    """Inner steps in meta-training."""
+    proximal: float | None = None
+    """Pull to the initialisation of implicit_maml."""
+    damping: float | None = None
+    """What implicit_maml adds to the Hessian when it solves for the gradient."""
+    eval_steps: Annotated[int | None, at_least(0)] = None
+    """Inner steps on test tasks."""
+
+
+PIECES = 20  # of the training; a validation after each
 SECOND_ORDER = Preset()
 CLOSED = Preset(train_ways=20, norm="group", tasks=2, inner_steps=0, eval_steps=0)
 SCALED = dataclasses.replace(CLOSED, scale=8.0)  # regressions and margins are about 1, the cross entropy wants more
@@ -108,7 +143,7 @@ PAPER: dict[str, dict[str, Preset]] = {
         "supervised": Preset(filters=64, downsample="pool", steps=60000, tasks=1, train_queries=256, rate=1e-3),
     },
 }  # fmt: skip
-_CIFAR = {"downsample": "pool", "filters": 64}
+_CIFAR: dict[str, Any] = {"downsample": "pool", "filters": 64}
 PAPER["cifar_fs"] = {
     **{name: dataclasses.replace(preset, downsample="pool") for name, preset in PAPER["omniglot"].items()},
     "maml": Preset(
@@ -135,7 +170,7 @@ PUBLISHED: dict[tuple[str, str, str], dict[tuple[int, int], float]] = {
 # Learners whose head is made from the labels: their meta-training tasks may have other classes than those of the test.
 ANY_WAYS = ("protonet", "r2d2", "metaoptnet", "supervised")
 # What a preset says and a learner does not read.
-UNREAD = {
+UNREAD: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(ANY_WAYS, ("inner_rate", "inner_steps", "eval_steps", "proximal", "damping")),
     **dict.fromkeys(("maml", "fomaml", "anil", "meta_sgd", "reptile"), ("proximal", "damping")),
     "maml_plus_plus": ("eval_steps", "proximal", "damping"),
@@ -147,18 +182,38 @@ def preset_of(name: str, learner: str, data: str) -> Preset:
     return BUDGET[learner] if name == "budget" else PAPER.get(data, PAPER["omniglot"])[learner]
 
 
-def make_model(preset: Preset, classes: int) -> nn.Module:
+def settings_of(name: str, learner: str, data: str, instead: Instead) -> Preset:
+    """The preset of a learner with what was given instead; all pieces of the training have as many steps.
+
+    Raises:
+      UsageError: for an unknown learner, and settings that it does not read.
+    """
+    if names(learner, LEARNERS, "learner") != (learner,):
+        raise UsageError(f"--learner {learner!r}: give one name; choose from {', '.join(LEARNERS)}")
+    preset = preset_of(name, learner, data)
+    given = {option: value for option, value in dataclasses.asdict(instead).items() if value is not None}
+    unread = UNREAD.get(learner, ()) + (("filters", "norm") if preset.network == "resnet12" else ())
+    for option in sorted(given):
+        if option in unread:
+            raise UsageError(f"--{option.replace('_', '-')} says nothing to {learner} with this network; leave it out")
+    preset = dataclasses.replace(preset, **given)
+    # The schedules end with the last piece.
+    pieces = min(PIECES, max(preset.steps, 1))
+    return dataclasses.replace(preset, steps=-(-preset.steps // pieces) * pieces)
+
+
+def preset_model(preset: Preset, classes: int) -> nn.Module:
     """The preset's network."""
     if preset.network == "resnet12":
         return models.ResNet12(classes)
     return models.Conv4(classes, filters=preset.filters, downsample=preset.downsample, norm=preset.norm)
 
 
-def make_learner(name: str, model: nn.Module, preset: Preset, *, testing: bool) -> Learner:
+def preset_learner(name: str, model: nn.Module, preset: Preset, *, testing: bool) -> Learner:
     """A learner by name, as it is meta-trained or as it adapts to test tasks."""
     steps = preset.eval_steps if testing else preset.inner_steps
     common: dict[str, Any] = {"statistics": preset.statistics}
-    sgd = {"optimizer": optax.sgd(preset.inner_rate), "steps": steps, "unroll": True, **common}
+    sgd: dict[str, Any] = {"optimizer": optax.sgd(preset.inner_rate), "steps": steps, "unroll": True, **common}
     if name in ("maml", "fomaml"):
         return learners.maml(model, first_order=name == "fomaml", **sgd)
     if name == "anil":
@@ -192,7 +247,7 @@ def make_learner(name: str, model: nn.Module, preset: Preset, *, testing: bool) 
     return learners.fine_tune(model, optimizer=optax.sgd(preset.inner_rate), steps=0, statistics=preset.statistics)
 
 
-def make_optimizer(preset: Preset) -> optax.GradientTransformation:
+def preset_optimizer(preset: Preset) -> optax.GradientTransformation:
     """The outer optimiser with its schedule."""
     rate: Any = preset.rate
     if preset.schedule == "cosine":
