@@ -18,7 +18,8 @@ def test_evaluation_beside_rules(scripts, meta_run, tmp_path):
     policies.save(place, network, params, {"way": "by hand"}, plan=2)
     config = with_options(
         script.Config(), policies=place, strategies="random,margin,oracle", importance=False, batches="1,2", budget=4,
-        pool=40, test=30, held_out=10, seeds=9, source="digits", target="digits", meta_run=meta_run, out=str(tmp_path / "run"),
+        pool=40, test=30, held_out=10, seeds=9, source="digits", target="digits", meta_run=meta_run,
+        out=str(tmp_path / "run"),
         save_results=str(tmp_path / "saved" / "result.json"),
     )  # fmt: skip
     script.job(config)
