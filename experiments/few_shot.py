@@ -15,7 +15,8 @@ Validation tasks choose the checkpoint; nothing looks at the test rows before. W
 batch, accuracy is given twice: with the statistics of the query rows (transductive: rows of a task are judged together)
 and with those of the labelled rows alone.
 
-Figures and times: experiments/results/few_shot/ and the README.
+Expected on Omniglot, 5-way 1-shot, with two CPU cores: 98.1 % for maml (transductive; else 97.1) in 16 minutes, 98.8 for
+protonet in 11, 98.3 for r2d2 in 12. All figures: experiments/results/few_shot/ and the README.
 """
 
 import dataclasses
