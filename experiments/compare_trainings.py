@@ -11,6 +11,10 @@ Problems, learner and trainers are those of `learn_policy.py`, with its defaults
 and have the same time to train, which is measured without compilation and validation. For `--what joint` the learner is
 ridge regression on a linear map of the embedding, and gradients through the episode train the policy, the learner's
 meta-parameters, or both; then every policy is played with every learner. All are judged on the same held-out problems.
+
+Expected over 200 problems: an area of 83.9 % for evolution, 83.8 for reinforce, 83.3 for pathwise, 83.1 for ppo and
+max_herding, 82.9 for the start and what is supervised. Jointly 83.4 % for both, 82.9 for the trained policy with the
+trained learner, 82.8 with the untrained one. Five minutes on two cores for each training; all figures: the README.
 """
 
 import dataclasses

@@ -13,7 +13,9 @@ all strategies on the same problems from a cold start; the oracle chooses by row
 is measured by runs in which it sees one feature in a random order. A run can grow: with `--resume` other policies,
 rules and batches are added to it, and a policy that changed is run again.
 
-Expected: see experiments/results/policies/ and the README.
+Expected of the policy `cifar10` over 32 seeds up to 100 labels: area of 89.8 % in batches of ten (max_herding 89.4,
+k_medoids 89.1, the oracle 90.3); with single rows 0.4 points more than max_herding. 124 minutes on two cores with both
+batch sizes and all rules. All figures: experiments/results/policies/ and the README.
 """
 
 from dataclasses import dataclass

@@ -16,7 +16,9 @@ other forms are what is reported, paired with rules on the same problems. (Of a 
 them, the held-out forms are other images of the same classes.) The new task is not looked at. How many pieces there are
 is a matter of time: the seed decides what each of them gives.
 
-Expected: see experiments/results/policies/ and the README.
+Expected with `--minutes 30`: on 200 held-out problems of ten classes in batches of ten an area of 81.9 %, 0.8 points
+more than max_herding, 1.6 than typiclust and 10.8 than random; of three classes in batches of five 93.7, and 93.3 for
+max_herding. 81 minutes on two cores, the reports included. All figures: experiments/results/policies/ and the README.
 """
 
 from dataclasses import dataclass
