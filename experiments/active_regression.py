@@ -117,7 +117,7 @@ def strategies(config: Config, committee: Learner) -> dict[str, Policy]:
 def job(config: Config) -> None:
     """All tables and strategies; prints the areas and their differences to random's."""
     check_options(config)
-    names(",".join(config.sets), SETS, "table")
+    names(config.sets, SETS, "table")
     start = time.perf_counter()
     model = models.MLP(1, hidden=())
     learner = learners.r2d2(model, ridge=config.ridge, intercept=True, learn=(), loss=losses.squared_error,

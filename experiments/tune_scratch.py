@@ -85,7 +85,7 @@ def job(config: Config) -> None:
     if config.out is None:
         raise UsageError("give --out, the result file to write")
     check_options(config)
-    names(",".join(config.norms), ("none", "group", "batch"), "norm")
+    names(config.norms, ("none", "group", "batch"), "norm")
     start = time.perf_counter()
     train = data.load(config.target, "train", data_dir=config.data_dir)
     rows = jax.device_put(tasks.class_data(train.x, train.y))

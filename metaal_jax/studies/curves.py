@@ -44,7 +44,7 @@ def learning_curves(
 
     Args:
       arms: learners by name, each with its arms.
-      metas: meta-parameters by meta-learner.
+      metas: meta-parameters by meta-learner, for all that the arms need.
       setting: the data, and the rows of a problem.
       folder: the run.
       sizes: budget, batch and seeds, checked.
@@ -64,7 +64,8 @@ def learning_curves(
             one = make_run(arm, sampler, k=sizes.batch_size, chunk=sizes.chunk)
             run = jax.jit(jax.vmap(one, in_axes=(0, None, None, None, None)))
             wanted = any(not folder.done(step(learner, s, first)) for s in arm.strategies for first in parts)
-            meta = metas.get(meta_learner_of(learner) or "", ())
+            owner = meta_learner_of(learner)
+            meta = () if owner is None else metas[owner]
             example = (keys[: sizes.seeds_at_once], jnp.int32(0), meta, setting.problem_data, setting.full_test)
             compiled = compilers.submit(_compiled, run, example) if wanted else None
             programs.append((learner, arm, meta, compiled))

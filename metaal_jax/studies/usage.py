@@ -6,7 +6,7 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,16 @@ def arguments() -> Iterator[None]:
         raise UsageError(str(error)) from error
 
 
-def names(text: str, known: Iterable[str], what: str, also: Iterable[str] = ()) -> tuple[str, ...]:
-    """Comma-separated names, checked; other spellings, `also`, are taken as they are and not listed in the message.
+def names(text: str | Sequence[str], known: Iterable[str], what: str, also: Iterable[str] = ()) -> tuple[str, ...]:
+    """Names, with commas between them or as a sequence, checked.
+
+    Other spellings, `also`, are taken as they are and not listed in the message.
 
     Raises:
       UsageError: for an unknown or repeated name, or none.
     """
-    known, given = list(known), tuple(part.strip() for part in text.split(",") if part.strip())
+    parts = text.split(",") if isinstance(text, str) else text
+    known, given = list(known), tuple(part.strip() for part in parts if part.strip())
     for name in given:
         if name not in (*known, *also):
             near = difflib.get_close_matches(name, known, n=3)
