@@ -140,7 +140,7 @@ def evaluation_tables(of: Evaluation) -> str:
                 *(f"{n:.0f}" if np.isfinite(n) else f"> {of.budget}" for n in of.needed(name, k)),
                 "" if name in of.trained else shown(of.area(of.first(), k) - of.area(name, k)),
             ])  # fmt: skip
-        header = ["strategy", "area", "share of the oracle's gain", *(f"to {goal:.0%}" for goal in GOALS),
+        header = ["strategy", "area", "share of the oracle's gain", *(f"to {100 * goal:.0f} %" for goal in GOALS),
                   f"{of.first()} less this"]  # fmt: skip
         title = f"{of.target}, batches of {k}, up to {of.budget} labels, {of.seeds} seeds"
         parts.append(f"{title}\n\n{plain(lines, header)}")
