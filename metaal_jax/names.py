@@ -88,6 +88,13 @@ class Strategy(NamedTuple):
         """Whether it needs validation rows in the problem."""
         return "truth" in self.needs
 
+    def build(self, given: Given, posterior: Learner | None = None) -> Policy:
+        """The policy, from what is given and checked; see `strategy`, which checks."""
+        made = self.make(given)
+        if self.committee and posterior is not None:
+            made = acquisition.with_learner(made, posterior)
+        return acquisition.subsampled(made, rows=CANDIDATES) if self.costly else made
+
 
 def _top(scorer: Callable[..., Array]) -> Callable[[Given], Policy]:
     return lambda given: acquisition.top_k(scorer, k=given.k)
@@ -317,7 +324,16 @@ def find(name: str) -> Strategy:
         place, feature = name.removeprefix(LEARNED), ""
     if not name.startswith(LEARNED) and place not in policies.shipped() and not place.endswith(".json"):
         raise ValueError(unknown("strategy", name, [*_KNOWN, *policies.shipped()]))
-    saved = policies.load(place)
+    return trained(policies.load(place), feature)
+
+
+def trained(saved: policies.Saved, feature: str = "") -> Strategy:
+    """The strategy of a trained policy, or of what it was or would be otherwise.
+
+    Args:
+      saved: the policy.
+      feature: one of the rows' features, seen in a random order; or `START`, for the policy before its training.
+    """
     network: Any = policies.Scrambled(saved.network, feature) if feature and feature != START else saved.network
     if saved.rules:
         make = lambda given: policies.selector(  # noqa: E731
@@ -395,11 +411,7 @@ def policy(name: str, *, k: int, **given: Any) -> Policy:
 
 def build(name: str, given: Given, posterior: Learner | None = None) -> Policy:
     """`strategy` for callers that have checked what is given, such as experiments that make many."""
-    found = find(name)
-    made = found.make(given)
-    if found.committee and posterior is not None:
-        made = acquisition.with_learner(made, posterior)
-    return acquisition.subsampled(made, rows=CANDIDATES) if found.costly else made
+    return find(name).build(given, posterior)
 
 
 class Entry(NamedTuple):

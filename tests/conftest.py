@@ -76,7 +76,7 @@ def key():
 def scripts():
     """The scripts of policies, and the main job, as modules."""
     place = str(Path(__file__).resolve().parent.parent / "experiments")
-    names = ("meta_active", "learn_policy", "policy_training", "compare_trainings", "evaluate_policy", "many_targets")
+    names = ("meta_active", "learn_policy", "compare_trainings", "evaluate_policy", "many_targets")
     sys.path.insert(0, place)
     yield {name: importlib.import_module(name) for name in names}
     sys.path.remove(place)

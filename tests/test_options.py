@@ -193,13 +193,15 @@ def test_tables_alone_need_no_network(scripts, tmp_path, monkeypatch):
     script = scripts("many_targets")
     reached = []
 
-    def stop(config, work, problems, folder):
+    def stop(work, problems, folder, **_):
         reached.append(sorted(problems))
         raise usage.UsageError("far enough")
 
-    monkeypatch.setattr(script.strategies, "run_cells", stop)
-    config = script.Config(targets="iris,wine", strategies="random,margin", seeds=2, source="nowhere",
-                           meta_run=str(tmp_path / "nothing"), out=str(tmp_path / "run"))  # fmt: skip
+    monkeypatch.setattr(script, "run_cells", stop)
+    config = options.with_options(
+        script.Config(), targets="iris,wine", strategies="random,margin", seeds=2, source="nowhere",
+        meta_run=str(tmp_path / "nothing"), out=str(tmp_path / "run"),
+    )  # fmt: skip
     assert attempt(lambda: script.job(config))[1][-1] == "error: far enough"
     assert reached == [[("columns", "iris"), ("columns", "wine")]]
 

@@ -7,17 +7,20 @@ import types
 import numpy as np
 import pytest
 
+from metaal_jax.studies import policy_training
+from metaal_jax.studies.options import with_options
+
 
 @pytest.mark.parametrize("what", ["ways", "joint"])
 def test_trainings_compared(scripts, meta_run, tmp_path, what, monkeypatch):
     """Every policy with every learner on the same problems; differences are those of the curves."""
     script, ticks = scripts["compare_trainings"], itertools.count()
     clock = types.SimpleNamespace(perf_counter=lambda: 0.15 * next(ticks))
-    monkeypatch.setattr(scripts["policy_training"], "time", clock)
+    monkeypatch.setattr(policy_training, "time", clock)
     arms = "evolution,pathwise" if what == "ways" else "policy,both"
-    script.job(script.Config(
-        what=what, trainings=arms, kinds="2:40:2:4", parts=1, test=20, held_out=10, minutes=1e-4, pieces=1,
-        piece_steps=1, piece_seconds=0.2, runs=2, validation_problems=2, report_problems=3, source="digits",
+    script.job(with_options(
+        script.Config(), what=what, trainings=arms, kinds="2:40:2:4", parts=1, test=20, held_out=10, minutes=1e-4,
+        pieces=1, piece_steps=1, piece_seconds=0.2, runs=2, validation_problems=2, report_problems=3, source="digits",
         target="digits", meta_run=meta_run, out=str(tmp_path / "run"),
     ))  # fmt: skip
     for arm in arms.split(","):

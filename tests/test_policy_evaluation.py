@@ -1,6 +1,5 @@
 """Trained policies beside rules as a user meets them: what an evaluation leaves, what is run again, and mistakes."""
 
-import dataclasses
 import json
 import re
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from metaal_jax import acquisition, models, policies
+from metaal_jax.studies.options import with_options
 
 
 def test_evaluation_beside_rules(scripts, meta_run, tmp_path):
@@ -16,9 +16,10 @@ def test_evaluation_beside_rules(scripts, meta_run, tmp_path):
     network, place = models.LinearNetwork(prior=policies.prior(uncertain_cover=1.0)), str(tmp_path / "policy.json")
     params = policies.learned(network, k=1).init(jax.random.key(0))
     policies.save(place, network, params, {"way": "by hand"}, plan=2)
-    config = script.Config(
-        policies=place, strategies="random,margin,oracle", importance=False, batches="1,2", budget=4, pool=40,
-        test=30, held_out=10, seeds=9, source="digits", target="digits", meta_run=meta_run, out=str(tmp_path / "run"),
+    config = with_options(
+        script.Config(), policies=place, strategies="random,margin,oracle", importance=False, batches="1,2", budget=4,
+        pool=40, test=30, held_out=10, seeds=9, source="digits", target="digits", meta_run=meta_run,
+        out=str(tmp_path / "run"),
         save_results=str(tmp_path / "saved" / "result.json"),
     )  # fmt: skip
     script.job(config)
@@ -39,7 +40,7 @@ def test_evaluation_beside_rules(scripts, meta_run, tmp_path):
     saved = policies.load(place)
     policies.save(place, saved.network, jax.tree.map(lambda leaf: -leaf, saved.params), saved.about)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / "steps").iterdir()}
-    script.job(dataclasses.replace(config, without="oracle", batches="2", resume=True))
+    script.job(with_options(config, without="oracle", batches="2", resume=True))
     left = json.loads((tmp_path / "saved" / "result.json").read_text())["rows"]
     assert {row["strategy"] for row in left} == {name, "random", "margin"}
     again = {file for file, time in before.items() if file.stat().st_mtime_ns != time}
@@ -55,9 +56,10 @@ def test_what_a_selector_follows(scripts, meta_run, tmp_path):
     place = str(tmp_path / "chooser" / "policy.json")
     policies.save(place, network, policy.init(jax.random.key(0)), {"way": "by hand"}, rules=rules)
     small = {"policies": place, "seeds": 3, "source": "digits", "target": "digits", "meta_run": meta_run}
-    scripts["evaluate_policy"].job(scripts["evaluate_policy"].Config(
-        **small, strategies="random", importance=False, batches="1,2", budget=4, pool=40, test=30, held_out=10,
-        out=str(tmp_path / "run"),
+    script = scripts["evaluate_policy"]
+    script.job(with_options(
+        script.Config(), **small, strategies="random", importance=False, batches="1,2", budget=4, pool=40, test=30,
+        held_out=10, out=str(tmp_path / "run"),
     ))  # fmt: skip
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     shares = {(r["batch"], r["rule"], r["labels"]): r["mean"] for r in result["rows"] if r["metric"] == "share_of_rule"}
@@ -67,8 +69,10 @@ def test_what_a_selector_follows(scripts, meta_run, tmp_path):
         assert shares[k, "margin", n] >= 0.5
     assert (tmp_path / "run" / "results-chooser-rules.png").read_bytes().startswith(b"\x89PNG")
 
-    scripts["many_targets"].job(scripts["many_targets"].Config(
-        **small, targets="iris,digits", strategies="random,margin", out=str(tmp_path / "targets")))  # fmt: skip
+    script = scripts["many_targets"]
+    script.job(with_options(
+        script.Config(), **small, targets="iris,digits", strategies="random,margin", out=str(tmp_path / "targets"),
+    ))  # fmt: skip
     result = json.loads((tmp_path / "targets" / "results.json").read_text())
     shares = {(r["target"], r["rule"]): r["mean"] for r in result["rows"] if r["metric"] == "share_of_rule"}
     assert set(shares) == {(target, rule) for target in ("iris", "digits") for rule in rules}
@@ -79,8 +83,10 @@ def test_what_a_selector_follows(scripts, meta_run, tmp_path):
 def test_many_targets(scripts, meta_run, tmp_path):
     """Images through the network, a table as its columns; ranks and differences are those of the curves."""
     script = scripts["many_targets"]
-    script.job(script.Config(targets="iris,digits", strategies="random,margin", seeds=2, source="digits",
-                             target="digits", meta_run=meta_run, out=str(tmp_path / "run")))  # fmt: skip
+    script.job(with_options(
+        script.Config(), targets="iris,digits", strategies="random,margin", seeds=2, source="digits", target="digits",
+        meta_run=meta_run, out=str(tmp_path / "run"),
+    ))  # fmt: skip
     assert (tmp_path / "run" / "results.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "run" / "results.json").read_text())
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -120,7 +126,7 @@ def test_a_mistake_is_one_line_with_its_remedy(scripts, meta_run, tmp_path, capf
                             "importance": False},
         "many_targets": {"source": "digits", "target": "digits"},
     }[which]  # fmt: skip
-    config = script.Config(**{**usual, "meta_run": meta_run, "out": str(tmp_path / "run"), **options})
+    config = with_options(script.Config(), **{**usual, "meta_run": meta_run, "out": str(tmp_path / "run"), **options})
     with pytest.raises(SystemExit) as ended:
         script.main(lambda: script.job(config))
     error = capfd.readouterr().err.strip().splitlines()[-1]

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from metaal_jax import policies, tasks
+from metaal_jax.studies.options import with_options
+from metaal_jax.studies.policy_training import parse_training
+from metaal_jax.studies.policy_ways import WAYS, make_trainers
 
 SMALL = {
     "source": "digits", "target": "digits", "kinds": "2:40:2:4,2:30:1:2", "parts": 1, "test": 20,
@@ -21,7 +24,8 @@ SMALL = {
 @pytest.fixture(scope="module")
 def trained(scripts, meta_run):
     script, run = scripts["learn_policy"], Path(meta_run).parent / "evolution"
-    script.job(script.Config(**SMALL, meta_run=meta_run, out=str(run), save_policy=str(run.parent / "saved.json")))
+    options = {**SMALL, "meta_run": meta_run, "out": str(run), "save_policy": str(run.parent / "saved.json")}
+    script.job(with_options(script.Config(), **options))
     return run
 
 
@@ -50,9 +54,9 @@ def test_what_training_leaves_and_how_it_goes_on(scripts, meta_run, trained, tmp
     # A longer run goes on from a shorter one (in this test, so that one worker alone trains).
     script = scripts["learn_policy"]
     options = {**SMALL, "meta_run": meta_run, "out": str(tmp_path / "run")}
-    script.job(script.Config(**{**options, "pieces": 1}))
+    script.job(with_options(script.Config(), **{**options, "pieces": 1}))
     short = (tmp_path / "run" / "steps" / "piece-01.jsonl").read_bytes()
-    script.job(script.Config(**options, resume=True))
+    script.job(with_options(script.Config(), **options, resume=True))
     assert (tmp_path / "run" / "steps" / "piece-01.jsonl").read_bytes() == short
     last = [
         json.loads((run / "steps" / "piece-02.jsonl").read_text().splitlines()[1])
@@ -65,14 +69,17 @@ def test_what_training_leaves_and_how_it_goes_on(scripts, meta_run, trained, tmp
 @pytest.mark.parametrize("policy", ["linear", "row", "set", "selector"])
 def test_every_way_makes_a_step(scripts, policy):
     """Traced, not run: `tests/test_policies.py` trains by each of them, and `trained` on two kinds in turn."""
-    script, training = scripts["learn_policy"], scripts["policy_training"]
+    script = scripts["learn_policy"]
     x, y = np.zeros((120, 7), np.float32), np.repeat([0, 1, 2], 40)
     forms = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tasks.class_data(x, y))
-    for way in ("evolution", "reinforce", "ppo") if policy == "selector" else script.WAYS:
-        config = script.Config(**{**SMALL, "kinds": "2:40:2:4", "candidates": 6, "tried": 6, "way": way,
-                                  "policy": policy, "arms": "random,max_herding"})  # fmt: skip
-        trainer = training.make_trainers(config, training.make_network(config))
-        state = jax.eval_shape(trainer.init, jax.random.key(0), training.first_metas(config, forms), (forms,))
+    for way in ("evolution", "reinforce", "ppo") if policy == "selector" else WAYS:
+        config = with_options(script.Config(), **{
+            **SMALL, "kinds": "2:40:2:4", "candidates": 6, "tried": 6, "way": way, "policy": policy,
+            "arms": "random,max_herding",
+        })  # fmt: skip
+        course = parse_training(config.training)
+        trainer = make_trainers(course.trainer, course.chooser, course.games, steps=1)
+        state = jax.eval_shape(trainer.init, jax.random.key(0), course.first_metas(forms, seed=0), (forms,))
         after, metrics = jax.eval_shape(trainer.step, jax.random.key(0), state, (forms,))
         assert jax.tree.structure(after) == jax.tree.structure(state)
         assert "area_0" in metrics
@@ -106,7 +113,7 @@ def test_a_mistake_is_one_line_with_its_remedy(scripts, meta_run, tmp_path, capf
         "learn_policy": SMALL,
         "compare_trainings": {"source": "digits", "target": "digits"},
     }[which]  # fmt: skip
-    config = script.Config(**{**usual, "meta_run": meta_run, "out": str(tmp_path / "run"), **options})
+    config = with_options(script.Config(), **{**usual, "meta_run": meta_run, "out": str(tmp_path / "run"), **options})
     with pytest.raises(SystemExit) as ended:
         script.main(lambda: script.job(config))
     error = capfd.readouterr().err.strip().splitlines()[-1]

@@ -1,26 +1,16 @@
 """The statistics of the reports: paired tests, corrections, ranks and labels to a target, at their edges too."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from metaal_jax.studies import results, statistics, usage
+from metaal_jax.studies import ranking, results, statistics, usage
+from metaal_jax.studies.cells import Cell
 from metaal_jax.studies.processes import side_by_side
 from metaal_jax.studies.study import Study
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "experiments"
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    sys.path.insert(0, str(SCRIPTS))
-    yield {name: importlib.import_module(name) for name in ("strategy_report",)}
-    sys.path.remove(str(SCRIPTS))
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e-12, 1e12, 1e-200, 1e200])
@@ -106,17 +96,16 @@ def test_results_are_json_that_everybody_reads(scripts, tmp_path):
         study.at(("maml", "random"), "accuracy", 7)
 
 
-def test_a_report_of_single_rows_and_one_seed(scripts):
+def test_a_report_of_single_rows_and_one_seed():
     """Ranks and wins where no setting asks for several rows a round, as `--batches 1 --seeds 1` gives."""
-    script = scripts["strategy_report"]
     records = {
-        script.Cell("meta", "plain", 1, name): [{"labels": [1, 2], "accuracy": [level, level]}]
+        Cell("meta", "plain", 1, name): [{"labels": [1, 2], "accuracy": [level, level]}]
         for name, level in (("random", 0.5), ("margin", 0.7))
     }
-    table = script.Table(records)
-    found = script.ranks(table, 2, ("meta",))
+    table = ranking.table_of(records)
+    found = ranking.ranks(table, 2, ("meta",))
     assert [(name, low.mean) for name, low in found.items()] == [("margin", 1), ("random", 2)]
-    names, total, settings = script.win_counts(table, 2)
+    names, total, settings = ranking.win_counts(table, 2)
     assert (names, total.tolist(), settings) == (["random", "margin"], [[0, 0], [0, 0]], 1)
 
 

@@ -14,6 +14,10 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_rel
 
+from metaal_jax.studies.cells import Cell
+from metaal_jax.studies.options import with_options
+from metaal_jax.studies.ranking import table_of, wins
+
 SCRIPTS = Path(__file__).resolve().parent.parent / "experiments"
 SMALL = {
     "strategies": "random,margin,bald,oracle", "conditions": "plain,repeated", "embeddings": "untrained",
@@ -32,7 +36,7 @@ def script():
 @pytest.fixture(scope="module")
 def whole(script, tmp_path_factory):
     run = tmp_path_factory.mktemp("strategies") / "whole"
-    script.job(script.Config(**SMALL, out=str(run), save_results=str(run.parent / "saved")))
+    script.job(with_options(script.Config(), **SMALL, out=str(run), save_results=str(run.parent / "saved")))
     return run
 
 
@@ -41,7 +45,7 @@ def attempt(script, tmp_path, capfd):
     """Runs the job in this process; gives the exit status and what was said on stderr."""
 
     def run(**options):
-        config = script.Config(**{**SMALL, "out": str(tmp_path / "run"), **options})
+        config = with_options(script.Config(), **{**SMALL, "out": str(tmp_path / "run"), **options})
         with pytest.raises(SystemExit) as ended:
             script.main(lambda: script.job(config))
         return ended.value.code, capfd.readouterr().err
@@ -108,6 +112,7 @@ MISTAKES = {
     "budget beyond the pool": ({"budget": 80}, ["80 labels", "pool of 40"]),
     "odd pool": ({"pool": 42}, ["--pool 42", "multiple of 5"]),
     "pool beyond the set": ({"pool": 9000}, ["--pool", "9010", "'digits'"]),
+    "pool too small to adapt": ({"best": 1}, ["100 labels", "40 rows", "--best 0"]),
     "no network there": ({"embeddings": "meta", "meta_run": "nowhere"}, ["nowhere", "meta_active.py", "--meta-run"]),
 }  # fmt: skip
 
@@ -122,10 +127,8 @@ def test_a_mistake_is_one_line_with_its_remedy(attempt, name):
     assert all(word in line for word in said), line
 
 
-def test_wins_are_corrected_for_the_number_of_pairs(script):
+def test_wins_are_corrected_for_the_number_of_pairs():
     """Against Holm's method by hand on areas of known differences."""
-    from strategy_report import Cell, Table, wins
-
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(4, 8, 1)) * np.array([0.01, 0.01, 0.01, 0.05])[:, None, None]
     curves = np.array([0.5, 0.515, 0.6, 0.53])[:, None, None] + noise
@@ -135,7 +138,7 @@ def test_wins_are_corrected_for_the_number_of_pairs(script):
         ]
         for name, of in zip("abcd", curves, strict=True)
     }
-    names, won = wins(Table(records), 10, ("meta", "plain", 10))
+    names, won = wins(table_of(records), 10, ("meta", "plain", 10))
     assert names == list("abcd")
     pairs = [(i, j) for i in range(4) for j in range(i)]
     p = sorted((ttest_rel(curves[i, :, 0], curves[j, :, 0]).pvalue, i, j) for i, j in pairs)

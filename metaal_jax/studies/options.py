@@ -19,7 +19,7 @@ import io
 import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -268,6 +268,11 @@ def numbers_of(
             raise UsageError(f"{option} {text!r} must be {kind} with commas between them, such as {like}") from None
         _check_number(f"{option} {text!r}: {word.strip()}", found[-1], allowed)
     return found
+
+
+def choices(lines: Mapping[str, str]) -> str:
+    """Names and what they mean, for `--help`."""
+    return "One of: " + "; ".join(f"{name}: {line}" for name, line in lines.items())
 
 
 def check_place(option: str, path: str | Path, place: Place) -> None:

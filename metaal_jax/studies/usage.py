@@ -6,15 +6,16 @@ import errno
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from metaal_jax import policies
 from metaal_jax.checkpoint import CheckpointError
 from metaal_jax.data import DataError
-from metaal_jax.names import ADAPTIVE, ALIASES, LEARNED, STRATEGIES, find
+from metaal_jax.names import ADAPTIVE, ALIASES, LEARNED, STRATEGIES, Strategy, find
 
 
 class UsageError(Exception):
@@ -115,6 +116,32 @@ def strategy_names(text: str) -> tuple[str, ...]:
         for name in trained:
             find(name)
     return found
+
+
+def strategies(text: str) -> dict[str, Strategy]:
+    """Comma-separated strategies by the names that were given, looked up; see `strategy_names`."""
+    return {name: find(name) for name in strategy_names(text)}
+
+
+def by_usual_names(found: Mapping[str, Strategy]) -> dict[str, Strategy]:
+    """Strategies by their usual names in place of other spellings; raises a `UsageError` where two become one."""
+    usual = {ALIASES.get(name, name): one for name, one in found.items()}
+    if len(usual) < len(found):
+        raise UsageError(f"--strategies {','.join(found)!r} names one strategy twice, by different spellings")
+    return usual
+
+
+def trained_policies(text: str) -> dict[str, policies.Saved]:
+    """Comma-separated trained policies, loaded, by the names that strategies have: `learned:NAME`.
+
+    Raises:
+      UsageError: for a policy that cannot be loaded, one named twice, or none.
+    """
+    given = [part.strip() for part in text.split(",") if part.strip()]
+    if not given or len(set(given)) < len(given):
+        raise UsageError(f"--policies {text!r} is empty or names one twice; give names or paths")
+    with arguments():
+        return {LEARNED + name: policies.load(name) for name in given}
 
 
 def command() -> str:
