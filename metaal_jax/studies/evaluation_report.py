@@ -116,7 +116,7 @@ def _strategy_rows(of: Evaluation, name: str, k: int, common: Record) -> list[Re
     rows = [{**common, "metric": "area", "labels": of.budget, **numbers(of.area(name, k))}]
     rows += [{**common, "metric": "accuracy", "labels": int(n), **numbers(values["accuracy"][:, i])}
              for i, n in enumerate(labels) if n % every == 0]  # fmt: skip
-    if "shares" in values:
+    if "shares" in values and name in of.trained:  # the start of a selector, which is asked as a rule, has them too
         rows += [{**common, "metric": "share_of_rule", "rule": rule, "labels": int(n), "mean": round(float(share), 4)}
                  for n, shares in zip(labels, values["shares"].mean(0), strict=True) if n % every == 0
                  for rule, share in zip(of.trained[name].rules, shares, strict=True)]  # fmt: skip
