@@ -8,7 +8,13 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from metaal_jax.studies.policy_tables import policy_evaluation, policy_targets, policy_training, policy_trainings
+from metaal_jax.studies.policy_tables import (
+    policy_evaluation,
+    policy_starts,
+    policy_targets,
+    policy_training,
+    policy_trainings,
+)
 from metaal_jax.studies.tables import Strategies, active_regression, benchmark, few_shot, learners, main_job, sinusoids
 from metaal_jax.studies.usage import main
 
@@ -17,13 +23,24 @@ RESULTS, SPEEDS = ROOT / "experiments/results", ROOT / "benchmarks/results"
 FOLLOWED = ("random", "margin", "entropy", "bald", "power_bald", "sampled_bald", "batch_bald", "badge", "typical",
             "typiclust", "max_herding", "uncertain_herding", "k_center", "oracle")  # fmt: skip
 # What draws the results about policies, by the first word of their names.
-POLICIES = {"on": policy_evaluation, "many": policy_targets, "ways": policy_trainings, "joint": policy_trainings}
+POLICIES = {
+    "starts": policy_starts,
+    "on": policy_evaluation,
+    "many": policy_targets,
+    "ways": policy_trainings,
+    "joint": policy_trainings,
+}
 
 
 def policy_results(draw: Callable) -> list[Path]:
     """The results about policies that are drawn by this function."""
     paths = sorted((RESULTS / "policies").glob("*.json"))
     return [path for path in paths if POLICIES.get(path.stem.partition("-")[0], policy_training) is draw]
+
+
+def starts() -> dict[str, Path]:
+    """Trained policies beside their own starts, by where they are judged."""
+    return {path.stem.removeprefix("starts-"): path for path in policy_results(policy_starts)}
 
 
 def strategies() -> Strategies | None:
@@ -48,6 +65,8 @@ def tables() -> dict[str, str]:
         found["few-shot"] = few_shot(runs)
     for draw, *most in ((policy_training,), (policy_evaluation, 8), (policy_targets, 8), (policy_trainings,)):
         found |= {str(path.relative_to(ROOT)): draw(path, *most) for path in policy_results(draw)}
+    if starts():
+        found["policies, starts"] = policy_starts(starts())
     for path in sorted(SPEEDS.glob("*/loop.json")):
         found[str(path.relative_to(ROOT))] = benchmark(path)
     return found
@@ -71,6 +90,9 @@ def results(compared: Strategies) -> str:
         text.append(f"## Batches of {batch}, up to {labels} labels\n\n{compared.areas(batch, labels)}\n")
     for draw in (policy_evaluation, policy_targets):
         text += [f"## Trained policies, {path.stem}\n\n{draw(path)}\n" for path in policy_results(draw)]
+    for where, path in starts().items():
+        draw = policy_evaluation if where == "mnist" else policy_targets
+        text.append(f"## Trained policies and their starts, {where}\n\n{draw(path)}\n")
     return "\n".join(text)
 
 

@@ -91,20 +91,21 @@ class Evaluation(NamedTuple):
 
 
 def evaluation_rows(of: Evaluation) -> tuple[list[Record], list[Record]]:
-    """Areas, shares of the oracle's gain, labels to goals and paired differences to every rule."""
+    """Areas, shares of the oracle's gain, labels to goals and paired differences of every policy to every rule."""
     rows: list[Record] = []
     paired: list[Record] = []
     for k in of.batches():
         area = {name: of.area(name, k) for name in of.names(k)}
         where = {"source": of.source, "target": of.target, "batch": k}
-        best = area[of.first()]
-        corrected = holm({name: paired_p(best - area[name]) for name in of.rules(area)})
         for name in of.by_area(area, k):
             rows += _strategy_rows(of, name, k, {"strategy": name, **where})
-            if name not in of.trained:
+        for policy in of.trained:
+            less = {name: area[policy] - area[name] for name in of.by_area(area, k) if name not in of.trained}
+            corrected = holm({name: paired_p(less[name]) for name in of.rules(less)})
+            for name, difference in less.items():
                 p = {"p_holm": float(f"{corrected[name]:.3g}")} if name in corrected else {}
-                paired.append({"a": {"strategy": of.first()}, "b": {"strategy": name}, **where, "metric": "area",
-                               "labels": of.budget, **numbers(best - area[name], "difference"), **p})  # fmt: skip
+                paired.append({"a": {"strategy": policy}, "b": {"strategy": name}, **where, "metric": "area",
+                               "labels": of.budget, **numbers(difference, "difference"), **p})  # fmt: skip
         rows += [{"strategy": of.first(), **where, "metric": "importance", "feature": feature, "labels": of.budget,
                   **numbers(lost)} for feature, lost in of.losses(k).items()]  # fmt: skip
     return rows, paired

@@ -1,5 +1,6 @@
 """The tables of documents about trained policies, drawn from result files."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from metaal_jax.studies.results import Record, read_results
@@ -67,7 +68,9 @@ def policy_evaluation(path: Path, most: int | None = None) -> str:
     for batch in sorted({row["batch"] for row in result["rows"]}):
         found = {(r["strategy"], r["metric"]): r for r in result["rows"] if r["batch"] == batch}
         areas = sorted((r for (_, metric), r in found.items() if metric == "area"), key=lambda r: -r["mean"])
-        paired = {pair["b"]["strategy"]: pair for pair in result["paired"] if pair["batch"] == batch}
+        of_batch = [pair for pair in result["paired"] if pair["batch"] == batch]
+        first = of_batch[0]["a"]  # the policy that the table is about
+        paired = {pair["b"]["strategy"]: pair for pair in of_batch if pair["a"] == first}
         lines = []
         for place, row in enumerate(areas):
             name = row["strategy"]
@@ -81,6 +84,31 @@ def policy_evaluation(path: Path, most: int | None = None) -> str:
         header = ["strategy", "area", "share of the oracle's gain", "to 80 %", "to 90 %", "policy less this"]
         parts.append(f"Batches of {batch}:\n\n{markdown(lines, header)}")
     return "\n\n".join(parts)
+
+
+def policy_starts(paths: Mapping[str, Path]) -> str:
+    """What training adds to a policy's own start, and how both stand beside rules, on each of the results."""
+    parts, lines, rules = [], [], ("uncertain_herding", "max_herding", "margin", "random")
+    for where, path in paths.items():
+        result = read_results(path)
+        parts.append(f"{where}: {caption(result, seeds_of(result))}")
+        paired = {(p["a"]["strategy"], p["b"]["strategy"]): p for p in result["paired"]
+                  if p["metric"] == "area" and p.get("target", "all") in ("all", result["config"]["target"])}  # fmt: skip
+        for policy in dict.fromkeys(a for a, _ in paired):
+            # Those that were trained on single rows start from one and the same network.
+            starts = [b for a, b in paired if a == policy and b.endswith("~start")]
+            start = next((b for b in starts if b == f"{policy}~start"), starts[0])
+            lines.append([where, policy, *(row_difference(paired.get((policy, b))) for b in (start, *rules))])
+    header = [
+        "on",
+        "policy",
+        "less its start",
+        "less uncertain_herding",
+        "less max_herding",
+        "less margin",
+        "less random",
+    ]
+    return "\n\n".join([*parts, markdown(lines, header)])
 
 
 def policy_trainings(path: Path) -> str:
