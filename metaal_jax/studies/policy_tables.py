@@ -92,8 +92,9 @@ def policy_starts(paths: Mapping[str, Path]) -> str:
     for where, path in paths.items():
         result = read_results(path)
         parts.append(f"{where}: {caption(result, seeds_of(result))}")
+        here = ("all", result["config"]["target"])
         paired = {(p["a"]["strategy"], p["b"]["strategy"]): p for p in result["paired"]
-                  if p["metric"] == "area" and p.get("target", "all") in ("all", result["config"]["target"])}  # fmt: skip
+                  if p["metric"] == "area" and p.get("target", "all") in here}  # fmt: skip
         for policy in dict.fromkeys(a for a, _ in paired):
             # Those that were trained on single rows start from one and the same network.
             starts = [b for a, b in paired if a == policy and b.endswith("~start")]
