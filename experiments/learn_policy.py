@@ -1,7 +1,7 @@
 """Trains an acquisition policy on a source's problems: what to have labelled is learned, and used on other sets.
 
-Claim: a policy trained on problems made from CIFAR-10 alone chooses better than the best rules on held-out problems
-and, in batches of ten, better than every rule on a new task (`evaluate_policy.py`); single rows as well as the best.
+Claim: a policy trained on problems made from CIFAR-10 alone chooses better than max_herding on held-out problems of
+that source. What it has learned does not carry over to other sets: see `evaluate_policy.py` and `many_targets.py`.
 
     python experiments/learn_policy.py --meta-run runs/cifar10-mnist               # by evolution strategies
     python experiments/learn_policy.py --meta-run runs/cifar10-mnist --way reinforce --minutes 15
