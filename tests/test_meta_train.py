@@ -185,6 +185,7 @@ def test_the_page_runs(tmp_path, monkeypatch, capsys):
     exec(compile(use, "use", "exec"), names)
     assert capsys.readouterr().out == done.stdout
     assert float(done.stdout) > 0.5  # of three classes
+    assert len(set(names["asked"].tolist()) - set(names["first"].tolist())) == 5
 
 
 def test_the_experiment_that_chose_the_default(tmp_path, monkeypatch, capsys):
