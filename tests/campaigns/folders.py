@@ -322,7 +322,7 @@ def two(folder: Path) -> tuple[dict[str, int], list[str]]:
 def script(folder: Path) -> tuple[dict[str, int], list[str]]:
     """The main job, tiny, killed thrice and resumed."""
     words = ("--learners", "logistic", "--strategies", "random,margin", "--seeds", "4", "--seeds-at-once", "1",
-             "--budget", "20", "--pool", "100", "--test", "50", "--logistic-steps", "5")  # fmt: skip
+             "--budget", "20", "--pool", "100", "--test", "50", "--solver-steps", "5")  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
     def start(run: Path) -> subprocess.Popen:
