@@ -58,7 +58,7 @@ from references.checks import VALUES, Check, Found, as_good, drawn_rightly, same
 from references.scores import Pool
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
-from metaal_jax.names import STRATEGIES, Given, build
+from metaal_jax.names import STRATEGIES, Given, find
 
 MEMBERS, CLASSES, FEATURES, LABELLED, KEY = 10, 10, 64, 50, 0
 NO_PEERS = "{} is not installed, so there are no peers; install them with: pip install -e '.[peers]'"
@@ -241,7 +241,7 @@ def every_strategy(bench: Bench, config: Config) -> None:
         selection = jax.tree.map(lambda leaf: leaf[:200], Batch(view.x, jnp.asarray(y), view.weight))
         params = (jnp.asarray(y), selection) if STRATEGIES[name].held_out else ()
         others = plain_of(name, pool) | bench.peers_of(name, pool)
-        bench.run(name, ours(build(name, need), view, params), others, check_of(name, pool, bench))
+        bench.run(name, ours(find(name).build(need), view, params), others, check_of(name, pool, bench))
     if "discriminative" in names:
         policy = ml.acquisition.discriminative(k=config.k, sub_batches=1)
         name = "discriminative, one fit"
@@ -252,7 +252,7 @@ def every_strategy(bench: Bench, config: Config) -> None:
     for name in names:
         if others := bench.peers_of(name, pool, square=True):
             check = as_good(lambda picks, name=name: VALUES[name](pool, picks), 0.9)
-            bench.run(f"{name}, {config.square_rows} rows", ours(build(name, need), small), others, check)
+            bench.run(f"{name}, {config.square_rows} rows", ours(find(name).build(need), small), others, check)
 
 
 def wide_badge(bench: Bench, config: Config) -> None:
@@ -271,7 +271,7 @@ def covering(bench: Bench, config: Config) -> None:
     view, _ = make_view(n, k=k, members=1, classes=CLASSES, features=features, steps=config.steps)
     need = Given(k=k, rounds=1, classes=CLASSES, learner=None, refit=None, loss_learner=None)  # type: ignore[arg-type]
     for name in COVERING:
-        bench.run(f"{name}, {n} x {features}", ours(build(name, need), view), {}, None)
+        bench.run(f"{name}, {n} x {features}", ours(find(name).build(need), view), {}, None)
     base = f"{COVERING[0]}, {n} x {features}"
     bench.pairs += [(base, each) for each in bench.times if each != base]
     middle = {name: float(np.median(times.seconds)) for name, times in bench.times.items()}

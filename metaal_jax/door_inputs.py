@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import optax
-from jax import Array
 from numpy.typing import ArrayLike
 
 from metaal_jax import inputs, learners, models, names
@@ -46,27 +45,25 @@ class Parts(NamedTuple):
 
     Attributes:
       learner: the base learner.
-      start: `(key, x) -> meta`.
       policy: the strategy's.
+      meta: its meta-parameters where it has been trained, to be passed to programs; None where its `init` makes them.
     """
 
     learner: Learner
-    start: Callable[[Array, PyTree], PyTree]
     policy: Policy
+    meta: PyTree
 
 
 def parts_of(
     learner: LearnerLike, strategy: str, *, k: int, classes: int, members: int = 20, rounds: int | None = None
 ) -> Parts:
-    """Learner, its start and policy for a number of classes; raises `ValueError` as `names.strategy` does."""
-    quick = None
+    """Learner and policy for a number of classes; raises `ValueError` as `names.strategy` does."""
+    quick = meta = None
     if isinstance(learner, learners.Trained):
-        trained = learner
-        base, start = trained.learner(classes), lambda key, x: trained.start(classes)
+        base, meta = learner.learner(classes), learner.start(classes)
     else:
         base = names.learner(learner, classes=classes) if isinstance(learner, str) else learner(classes)
         quick = learners.linear(classes, steps=16) if learner == "linear" else None
-        start = base.init
     policy = names.strategy(
         strategy,
         k=k,
@@ -77,7 +74,7 @@ def parts_of(
         loss_learner=loss_learner(classes),
         posterior=names.posterior(base, members=members),
     )
-    return Parts(base, start, policy)
+    return Parts(base, policy, meta)
 
 
 def loss_learner(classes: int) -> Learner:

@@ -140,8 +140,8 @@ def suggest(
     numbers = {row: seen.index(label) for row, label in known.items()}
     problem = tasks.problem(rows, known=numbers or None, classes=outputs)
     capacity = min(n, _room(len(known) + asked))
-    program = _program(_Same(learner), strategy, asked, capacity, outputs, members, rounds)
-    told = program(jax.random.key(seed), () if state is None else state.policy, problem)
+    program, meta = _program(_Same(learner), strategy, asked, capacity, outputs, members, rounds)
+    told = program(jax.random.key(seed), meta, () if state is None else state.policy, problem)
     picked = _rows(told.decision)[:left]
     if not details:
         return picked
@@ -287,22 +287,23 @@ class _Same:
 @functools.lru_cache(maxsize=32)
 def _program(
     learner: _Same, strategy: str, k: int, capacity: int, classes: int, members: int, rounds: int | None
-) -> Callable[[Array, PyTree, Problem], _Told]:
-    """A compiled call of `suggest`."""
+) -> tuple[Callable[[Array, PyTree, PyTree, Problem], _Told], PyTree]:
+    """A compiled call of `suggest`, and the meta-parameters to give it, None for a learner that was not trained."""
     parts = parts_of(learner.value, strategy, k=k, classes=classes, members=members, rounds=rounds)
     active = active_learner(parts.learner, parts.policy, capacity=capacity, chunk=CHUNK)
 
     @jax.jit
-    def run(key: Array, memory: PyTree, problem: Problem) -> _Told:
+    def run(key: Array, meta: PyTree, memory: PyTree, problem: Problem) -> _Told:
         meta_key, init_key, ask_key = jax.random.split(key, 3)
-        meta, params = parts.start(meta_key, problem.x), parts.policy.init(meta_key)
+        meta = parts.learner.init(meta_key, problem.x) if meta is None else meta
+        params = parts.policy.init(meta_key)
         state = active.init(init_key, meta, params, problem)
         state = state._replace(policy_state=_remembered("suggest", state.policy_state, memory))
         decision, after = active.ask(jax.random.fold_in(ask_key, state.count), meta, params, state, problem)
         logits = predict_pool(parts.learner, state.params, problem.x, chunk=CHUNK).logits
         return _Told(decision, after.policy_state, jnp.exp(losses.consensus(logits)))
 
-    return run
+    return run, parts.meta
 
 
 @functools.lru_cache(maxsize=32)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from metaal_jax import Batch, Prediction, learners, models, policies
-from metaal_jax.names import ADAPTIVE, ALIASES, NEEDS, STRATEGIES, Given, build, find, listing, strategy
+from metaal_jax.names import ADAPTIVE, ALIASES, NEEDS, STRATEGIES, Given, find, listing, strategy
 from views import HOLE, make_view, reorder
 
 N, K, CAPACITY, CLASSES = 24, 4, 6, 4
@@ -106,7 +106,7 @@ def decide(policy, params):
 
 def policy_of(name, need=NEED):
     params = (jnp.asarray(TRUTH, jnp.int32), SELECTION) if find(name).held_out else ()
-    return build(name, need), params
+    return find(name).build(need), params
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -168,7 +168,10 @@ def test_the_needs_are_what_a_strategy_reads(key, name):
     The inputs are read by all, for NaN; see the contract for those that read their values.
     """
     found, view = find(name), CASES[3 if find(name).committee else 1][0]["base"]
-    chooser, params = build(name, NEED), found.params(view) if not found.held_out else (jnp.asarray(TRUTH), SELECTION)
+    chooser, params = (
+        find(name).build(NEED),
+        found.params(view) if not found.held_out else (jnp.asarray(TRUTH), SELECTION),
+    )
     flat, tree = jax.tree.flatten(view)
     traced = jax.make_jaxpr(lambda *flat: decide(chooser, params)(key, jax.tree.unflatten(tree, flat)).index)(*flat)
     _, used = jax.interpreters.partial_eval.dce_jaxpr(traced.jaxpr, [True])
@@ -185,7 +188,7 @@ def test_the_needs_are_what_a_strategy_reads(key, name):
 @pytest.mark.parametrize("name", policies.shipped())
 def test_the_start_of_a_trained_policy_is_its_network_before_training(key, name):
     before, after = (find(f"learned:{name}{mark}") for mark in ("~start", ""))
-    want = build(f"learned:{name}", NEED).init(key)
+    want = find(f"learned:{name}").build(NEED).init(key)
     assert jax.tree.map(jnp.shape, before.params(None)) == jax.tree.map(jnp.shape, after.params(None))
     np.testing.assert_array_equal(jax.tree.leaves(after.params(None))[0], jax.tree.leaves(want)[0])
     leaves = zip(jax.tree.leaves(before.params(None)), jax.tree.leaves(after.params(None)), strict=True)
@@ -196,7 +199,7 @@ def test_the_start_of_cifar10_is_uncertain_herding(key):
     """From the prior alone, the first rows are those of the rule that it starts from."""
     view = CASES[1][0]["base"]
     start, rule = (
-        decide(build(name, NEED), find(name).params(view)) for name in ("cifar10~start", "uncertain_herding")
+        decide(find(name).build(NEED), find(name).params(view)) for name in ("cifar10~start", "uncertain_herding")
     )
     np.testing.assert_array_equal(jax.jit(start)(key, view).index, jax.jit(rule)(key, view).index)
 
@@ -222,7 +225,7 @@ def test_a_posterior_is_shown_only_where_it_is_asked(key):
     """A committee's strategy made with a posterior works on the view of a single model."""
     view = CASES[1][0]["base"]
     posterior = learners.committee(LEARNER, members=3)
-    policy = build("bald", NEED, posterior)
+    policy = find("bald").build(NEED, posterior)
     decision = jax.jit(decide(policy, ()))(key, view)
     assert decision.valid.all()
     assert isinstance(view.prediction, Prediction)

@@ -71,10 +71,13 @@ def test_what_a_run_leaves(whole):
     assert {(r["strategy"], max(r["labels"])) for r in records if r["batch"] == 4} == {
         ("random", 12), ("margin", 12), ("bald", 12), ("oracle", 8)
     }  # fmt: skip
+    # Each mean rank is rounded to four digits.
     ranks = [r for r in json.loads((whole / "results" / "summary.json").read_text())["rows"]
              if r["metric"] == "mean_rank" and r["learner"] == "all"]  # fmt: skip
-    assert sum(r["mean"] for r in ranks if r["labels"] == 8) == pytest.approx(1 + 2 + 3 + 4, abs=1e-3)
-    assert sum(r["mean"] for r in ranks if r["labels"] == 12) == pytest.approx(1 + 2 + 3, abs=1e-3)
+    assert sum(r["mean"] for r in ranks if r["labels"] == 8) == pytest.approx(
+        1 + 2 + 3 + 4, abs=2e-4
+    )  # four digits each
+    assert sum(r["mean"] for r in ranks if r["labels"] == 12) == pytest.approx(1 + 2 + 3, abs=2e-4)
     # Seeds share their problems: random rows are the same ones whatever the batch's strategy is compared with.
     assert (whole / "table.txt").read_text().count("untrained embedding, plain") == 2
 

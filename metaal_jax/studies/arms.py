@@ -15,7 +15,7 @@ from metaal_jax.base import Batch, Learner, Policy, Problem, PyTree
 from metaal_jax.learners import without_head
 from metaal_jax.loop import active_learner, evaluate, grow
 from metaal_jax.metrics import Score
-from metaal_jax.names import Given, build, find
+from metaal_jax.names import Given, find
 from metaal_jax.studies.groups import Learning, Network, Sizes
 from metaal_jax.studies.meta_learners import (
     META_LEARNERS,
@@ -151,7 +151,7 @@ def make_arms(
                 prepare=prepare,
                 strategies=tuple(mine),
                 first=acquisition.one_of([_first_rule(name, sizes) for name in mine]),
-                policy=acquisition.one_of([build(name, need) for name in mine]),
+                policy=acquisition.one_of([find(name).build(need) for name in mine]),
                 segments=segments,
             )
         )

@@ -90,15 +90,19 @@ def compare(
     curves = {}
     for name in progress(chosen):
         policy = strategies[name] if isinstance(strategies, Mapping) else None
-        run = _experiment(name, policy, learner, len(classes), budget, batch_size, members)
+        run, meta = _experiment(name, policy, learner, len(classes), budget, batch_size, members)
 
-        def one(key: Array, rows: PyTree, run: Any = run) -> Score:
-            problem_key, run_key = jax.random.split(key)
-            score: Score = run(run_key, sampler(problem_key, rows))
-            return score
+        @jax.jit
+        def many(keys: Array, meta: PyTree, rows: PyTree, run: Any = run) -> Score:
+            def one(key: Array) -> Score:
+                problem_key, run_key = jax.random.split(key)
+                score: Score = run(run_key, meta, sampler(problem_key, rows))
+                return score
 
-        many = jax.jit(lambda keys, rows, one=one: jax.lax.map(lambda k: one(k, rows), keys, batch_size=AT_ONCE))
-        scores = jax.device_get(many(keys, rows))
+            scores: Score = jax.lax.map(one, keys, batch_size=AT_ONCE)
+            return scores
+
+        scores = jax.device_get(many(keys, meta, rows))
         curves[name_of_learner, name] = {metric: np.asarray(v) for metric, v in scores._asdict().items()}
     config = {"strategies": chosen, "learner": name_of_learner, "budget": budget, "batch_size": batch_size,
               "seeds": seeds, "pool": sizes["pool"], "test": sizes["test"], "scale": scale, "members": members,
@@ -112,22 +116,22 @@ def compare(
 
 def _experiment(
     name: str, policy: Policy | None, learner: LearnerLike, classes: int, budget: int, k: int, members: int
-) -> Callable[[Array, Problem], Score]:
-    """`(key, problem) -> Score [rounds]`: a whole run, a pure function."""
+) -> tuple[Callable[[Array, PyTree, Problem], Score], PyTree]:
+    """`(key, meta, problem) -> Score [rounds]`, a whole run, and the trained meta-parameters to give it, or None."""
     parts = parts_of(
         learner, name if policy is None else "random", k=k, classes=classes, members=members, rounds=budget // k
     )
     chooser = parts.policy if policy is None else policy
     active = active_learner(parts.learner, chooser, capacity=budget, chunk=CHUNK)
 
-    def run(key: Array, problem: Problem) -> Score:
+    def run(key: Array, meta: PyTree, problem: Problem) -> Score:
         meta_key, loop_key = jax.random.split(key)
-        meta = parts.start(meta_key, problem.x)
+        meta = parts.learner.init(meta_key, problem.x) if meta is None else meta
         params = chooser.init(meta_key) if policy is not None else names.find(name).params(problem)
         score: Score = active.run(loop_key, meta, params, problem, rounds=budget // k)[1].test
         return score
 
-    return run
+    return run, parts.meta
 
 
 def _rows_of(data: Data) -> tuple[Any, Any, str]:
